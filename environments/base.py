@@ -1,0 +1,70 @@
+"""The environment protocol. Environments speak messages, never token ids, and live for one episode."""
+
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+Role = Literal["system", "user", "assistant", "tool"]
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """One call of a tool by the policy; arguments are JSON values by parameter name."""
+
+    name: str
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation. Only assistant messages carry reasoning and tool calls."""
+
+    role: Role
+    content: str = ""
+    reasoning: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """The environment's answer to one assistant message.
+
+    rewards holds the named, unweighted parts, each added to what earlier steps gave; the domain's
+    configuration weighs them. An episode ends at the first done=True.
+    """
+
+    replies: tuple[Message, ...] = ()
+    rewards: Mapping[str, float] = field(default_factory=dict)
+    done: bool = False
+
+
+class Env(Protocol):
+    """One episode of one task."""
+
+    async def start(self) -> tuple[Message, ...]:
+        """Return the opening messages; the last one is from the user."""
+
+    async def step(self, message: Message) -> Step:
+        """Take the assistant's message; return replies, reward parts and whether the episode is over.
+
+        Raises:
+            VoidEpisode: nothing can be said about this episode (a judge failed, a tool broke): it never trains.
+        """
+
+
+class VoidEpisode(Exception):
+    """The episode cannot be scored through no fault of the policy; it is dropped, never scored zero."""
+
+
+class Task(Protocol):
+    """A family of tasks of one domain."""
+
+    def sample(self, rng: random.Random, *, held_out: bool = False) -> Callable[[], Env]:
+        """Draw one task; the result makes a fresh Env for each attempt at it.
+
+        Tasks drawn with held_out=True and held_out=False never share a prompt.
+        """
+
+    def demonstrate(self, rng: random.Random) -> tuple[Message, ...]:
+        """A whole generated conversation for the cold start, never of a held-out task."""
