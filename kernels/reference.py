@@ -6,7 +6,12 @@ dimensions, written "...", are allowed where stated.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+LOGITS_AT_ONCE = 1 << 23
+"""Logits that full_logp holds at a time: 32 MiB in fp32, large enough for full-speed matrix products."""
 
 
 def index_scores(q_THD: Tensor, k_MD: Tensor, w_TH: Tensor, visible_TM: Tensor) -> Tensor:
@@ -55,26 +60,55 @@ def selected_ids(selected_TM: Tensor, k: int) -> Tensor:
     return ids_TK.masked_fill(ids_TK == M, -1)
 
 
+def gather_rows(kv_MC: Tensor, ids_TK: Tensor) -> Tensor:
+    """Cached rows by position; an unused id (-1) reads row 0, so its row must be masked by the caller.
+
+    Returns:
+        [..., T, K, C].
+    """
+    flat_I = ids_TK.clamp(min=0).flatten(-2)
+    rows = kv_MC.gather(-2, flat_I[..., None].expand(*flat_I.shape, kv_MC.shape[-1]))
+    return rows.unflatten(-2, ids_TK.shape[-2:])
+
+
 def sparse_mla(q_THC: Tensor, kv_MC: Tensor, ids_TK: Tensor, value_dim: int, scale: float) -> tuple[Tensor, Tensor]:
     """Absorbed multi-query attention over selected rows: keys are whole rows, values their first value_dim.
 
-    [DeepSeek-V3.2-Exp, section 2]. ids of -1 are unused and never read. A query without keys gives O = 0 and
+    [DeepSeek-V3.2-Exp, section 2]. ids of -1 are unused and never count. A query without keys gives O = 0 and
     lse = -inf. Leading batch dimensions are allowed.
 
     Returns:
         O [..., T, H, value_dim] in q's dtype, lse [..., T, H] float32 (natural logarithm).
     """
-    used_TK = ids_TK >= 0
-    batch = ids_TK.shape[:-2]
-    flat_TK = ids_TK.clamp(min=0).flatten(-2)
-    rows = kv_MC.gather(-2, flat_TK[..., None].expand(*flat_TK.shape, kv_MC.shape[-1]))
-    row_TKC = rows.unflatten(-2, ids_TK.shape[len(batch) :])
+    row_TKC = gather_rows(kv_MC, ids_TK)
     score_THK = torch.einsum("...thc,...tkc->...thk", q_THC, row_TKC).float() * scale
-    score_THK = score_THK.masked_fill(~used_TK[..., None, :], float("-inf"))
+    score_THK = score_THK.masked_fill((ids_TK < 0)[..., None, :], float("-inf"))
     lse_TH = score_THK.logsumexp(-1)
     prob_THK = (score_THK - lse_TH.masked_fill(lse_TH == float("-inf"), 0.0)[..., None]).exp()
     out_THV = torch.einsum("...thk,...tkv->...thv", prob_THK.to(q_THC.dtype), row_TKC[..., :value_dim])
     return out_THV, lse_TH
+
+
+def sparse_prob(q_THC: Tensor, kv_MC: Tensor, ids_TK: Tensor, lse_TH: Tensor, scale: float) -> Tensor:
+    """The probabilities of sparse_mla summed over heads, from its lse: the target of the indexer.
+
+    Returns:
+        [..., T, K] float32; zero for unused ids.
+    """
+    score_THK = torch.einsum("...thc,...tkc->...thk", q_THC, gather_rows(kv_MC, ids_TK)).float() * scale
+    prob_TK = (score_THK - lse_TH[..., None]).exp().sum(-2)
+    return prob_TK.masked_fill(ids_TK < 0, 0.0)
+
+
+def masked_prob(q_THD: Tensor, k_MHD: Tensor, selected_TM: Tensor, scale: float) -> Tensor:
+    """Attention probabilities over the selected keys. Leading batch dimensions are allowed.
+
+    Returns:
+        [..., H, T, M] float32; a query without keys gives a finite row that means nothing.
+    """
+    score_HTM = torch.einsum("...thd,...mhd->...htm", q_THD, k_MHD).float() * scale
+    lowest = torch.finfo(torch.float32).min  # -inf would give NaN for a query without keys
+    return score_HTM.masked_fill(~selected_TM[..., None, :, :], lowest).softmax(-1)
 
 
 def masked_mha(q_THD: Tensor, k_MHD: Tensor, v_MHV: Tensor, selected_TM: Tensor, scale: float) -> Tensor:
@@ -83,10 +117,30 @@ def masked_mha(q_THD: Tensor, k_MHD: Tensor, v_MHV: Tensor, selected_TM: Tensor,
     Returns:
         [..., T, H, V] in q's dtype; zero for a query without keys.
     """
-    score_HTM = torch.einsum("...thd,...mhd->...htm", q_THD, k_MHD).float() * scale
-    score_HTM = score_HTM.masked_fill(~selected_TM[..., None, :, :], float("-inf"))
-    prob_HTM = score_HTM.softmax(-1).nan_to_num(0.0) if not selected_TM.any(-1).all() else score_HTM.softmax(-1)
-    return torch.einsum("...htm,...mhv->...thv", prob_HTM.to(v_MHV.dtype), v_MHV)
+    prob_HTM = masked_prob(q_THD, k_MHD, selected_TM, scale)
+    out_THV = torch.einsum("...htm,...mhv->...thv", prob_HTM.to(v_MHV.dtype), v_MHV)
+    return out_THV.masked_fill(~selected_TM.any(-1)[..., None, None], 0.0)
+
+
+def indexer_kl(score_TM: Tensor, prob_TM: Tensor, selected_TM: Tensor) -> Tensor:
+    """How far the indexer's distribution over the selected keys is from the main attention's.
+
+        L[t] = KL(p[t] || softmax(I[t])),   p = attention probabilities summed over heads, normalised to sum 1
+
+    [DeepSeek-V3.2-Exp, eq. 3-4]. selected is every visible key in the warm-up and S_t in the sparse stage. The
+    target p carries no gradient. Leading batch dimensions are allowed; the last one may also hold gathered keys.
+
+    Args:
+        prob_TM: any positive multiple of p on the selected keys; what it holds elsewhere is ignored.
+
+    Returns:
+        [..., T] float32, in nats; zero for a query without keys.
+    """
+    target_TM = prob_TM.detach().float().masked_fill(~selected_TM, 0.0)
+    target_TM = target_TM / target_TM.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    lowest = torch.finfo(torch.float32).min
+    logq_TM = score_TM.float().masked_fill(~selected_TM, lowest).log_softmax(-1)
+    return torch.special.xlogy(target_TM, target_TM).sum(-1) - (target_TM * logq_TM).sum(-1)
 
 
 def kept_logp(
@@ -106,15 +160,40 @@ def kept_logp(
         [S] float32.
 
     Raises:
-        ValueError: a sampled token is not among its kept ids.
+        ValueError: a sampled token is not among its kept ids, or is there twice.
     """
-    count_S = kept_offset_S.diff()
-    row_E = torch.repeat_interleave(torch.arange(len(token_S), device=token_S.device), count_S)
+    row_E = torch.repeat_interleave(torch.arange(len(token_S), device=token_S.device), kept_offset_S.diff())
     is_token_E = kept_id_E == token_S[row_E]
-    if int(is_token_E.sum()) != len(token_S):
-        raise ValueError(f"{len(token_S) - int(is_token_E.sum())} of {len(token_S)} sampled tokens are outside their kept set")
-    logit_E = (hidden_SD[row_E] * weight_VD[kept_id_E]).sum(-1).float() / temperature
-    top_S = torch.full_like(hidden_SD[:, 0], float("-inf"), dtype=torch.float32)
+    if not torch.equal(row_E[is_token_E], torch.arange(len(token_S), device=token_S.device)):
+        raise ValueError("a sampled token is outside its kept set: refuse such a segment when it is recorded")
+    # index_select, not [...]: its backward is several times faster on a CPU
+    logit_E = (hidden_SD.index_select(0, row_E) * weight_VD.index_select(0, kept_id_E)).sum(-1).float() / temperature
+    top_S = torch.full((len(token_S),), float("-inf"), device=logit_E.device)
     top_S = top_S.scatter_reduce(0, row_E, logit_E.detach(), "amax")
     sum_S = torch.zeros_like(top_S).index_add(0, row_E, (logit_E - top_S[row_E]).exp())
     return logit_E[is_token_E] - top_S - sum_S.log()
+
+
+def full_logp(hidden_SD: Tensor, weight_VD: Tensor, token_S: Tensor, temperature: float) -> Tensor:
+    """Log-probability of each token under the whole vocabulary at the given temperature.
+
+        log pi(y) = l_y - log sum_v exp(l_v),   l_v = h_t . W[v] / temperature
+
+    At most LOGITS_AT_ONCE logits exist at a time, in the backward pass too: larger inputs are recomputed in parts.
+
+    Returns:
+        [S] float32.
+    """
+    rows = max(1, LOGITS_AT_ONCE // len(weight_VD))
+    if len(token_S) <= rows:
+        return _full_logp(hidden_SD, weight_VD, token_S, temperature)
+    parts = [
+        checkpoint(_full_logp, hidden, weight_VD, token, temperature, use_reentrant=False, preserve_rng_state=False)
+        for hidden, token in zip(hidden_SD.split(rows), token_S.split(rows), strict=True)
+    ]
+    return torch.cat(parts)
+
+
+def _full_logp(hidden_SD: Tensor, weight_VD: Tensor, token_S: Tensor, temperature: float) -> Tensor:
+    logit_SV = F.linear(hidden_SD, weight_VD).float() / temperature
+    return -F.cross_entropy(logit_SV, token_S, reduction="none")

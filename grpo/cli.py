@@ -1,0 +1,60 @@
+"""The trimtab command."""
+
+import sys
+import time
+from pathlib import Path
+
+import tyro
+
+from trimtab.grpo.config import Config
+from trimtab.grpo.recipes import RECIPES, find_recipe
+
+USAGE = f"""usage: trimtab COMMAND
+
+  trimtab train RECIPE [--option value ...]   start a run; RECIPE is {", ".join(sorted(RECIPES))} or path.py:function
+  trimtab train RECIPE --help                 every option with its default
+  trimtab train runs/NAME --resume            continue a run
+  trimtab doctor [--json]                     what this machine can run, and why not"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; the exit code is 2 for what the user can mend."""
+    words = sys.argv[1:] if argv is None else argv
+    match words:
+        case ["train", target, *options] if not target.startswith("-"):
+            return _train(target, options)
+        case ["doctor"] | ["doctor", "--json"]:
+            from trimtab.grpo.doctor import doctor
+
+            return doctor(as_json="--json" in words)
+        case [] | ["-h" | "--help", *_] | [_, "-h" | "--help"]:
+            print(USAGE)
+            return 0
+    return _fail(f"no command {' '.join(words)!r}\n{USAGE}")
+
+
+def _train(target: str, options: list[str]) -> int:
+    resume = "--resume" in options
+    options = [option for option in options if option != "--resume"]
+    try:
+        default = Config.load(Path(target) / "config.json") if resume else find_recipe(target)()
+        config = tyro.cli(
+            Config, default=default, args=options, prog=f"trimtab train {target}", description=Config.__doc__
+        )
+        folder = Path(target) if resume else Path("runs") / time.strftime(f"{_name(target)}-%Y%m%d-%H%M%S")
+
+        from trimtab.grpo.train import prepare
+
+        run = prepare(config, folder, resume=resume)
+    except ValueError as error:
+        return _fail(str(error))
+    return run.train()
+
+
+def _name(target: str) -> str:
+    return Path(target.partition(":")[0]).stem
+
+
+def _fail(message: str) -> int:
+    print(f"trimtab: {message}", file=sys.stderr)
+    return 2

@@ -1,0 +1,203 @@
+"""A run as one tree of frozen dataclasses. Derived values are properties, never fields. Imports no torch."""
+
+import importlib
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import TypeAdapter, ValidationError
+
+from trimtab.rollout.types import Sampling
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LossSettings:
+    """The GRPO objective of one domain."""
+
+    beta: float = 0.001
+    """Strength of the unbiased KL to the reference policy; 0 leaves it out."""
+    clip_low: float = 0.2
+    """The ratio is clipped below at 1 - clip_low."""
+    clip_high: float = 0.28
+    """... and above at 1 + clip_high."""
+    delta: float | None = 0.1
+    """A failed trajectory whose mean log(pi_old / pi) exceeds this leaves the surrogate; None keeps all."""
+
+    def __post_init__(self) -> None:
+        if not self.beta >= 0:
+            raise ValueError(f"beta must be 0 or more, got {self.beta}")
+        if not 0 < self.clip_low <= 1:
+            raise ValueError(f"clip_low must lie in (0, 1], got {self.clip_low}")
+        if not self.clip_high > 0:
+            raise ValueError(f"clip_high must be above 0, got {self.clip_high}")
+        if self.delta is not None and not self.delta >= 0:
+            raise ValueError(f"delta must be 0 or more (or None to keep every trajectory), got {self.delta}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Domain:
+    """One kind of task in the mixture."""
+
+    task: str
+    """Import path of a Task class, as module:Name; it may take a keyword argument `judge`."""
+    score: str = "outcome"
+    """The reward part that held-out scores report."""
+    prompts: int = 8
+    """Groups a step."""
+    weights: dict[str, float] = field(default_factory=lambda: {"outcome": 1.0})
+    """Weight of each named reward part; parts that are not named are logged but do not train."""
+    loss: LossSettings = field(default_factory=LossSettings)
+    length_soft: int = 96
+    """Sampled tokens of an episode above which the reward part `length` falls below 0 ..."""
+    length_hard: int = 192
+    """... and at which it reaches -1."""
+    thinking: bool = True
+    """The policy reasons before it answers."""
+
+    def __post_init__(self) -> None:
+        if self.prompts < 1:
+            raise ValueError(f"prompts must be at least 1, got {self.prompts}")
+        if not 0 < self.length_soft < self.length_hard:
+            raise ValueError(f"length_soft must lie in (0, length_hard), got {self.length_soft} of {self.length_hard}")
+
+    def load_task(self, **services: Any) -> Any:
+        """Make the Task, handing it those services that its constructor names.
+
+        Raises:
+            ValueError: the import path leads nowhere.
+        """
+        module, _, name = self.task.partition(":")
+        try:
+            task = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError) as error:
+            raise ValueError(f"task must be an import path module:Name, got {self.task!r} ({error})") from error
+        wanted = getattr(task.__init__, "__annotations__", {})
+        return task(**{key: value for key, value in services.items() if key in wanted})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ColdStart:
+    """Supervised training from random weights on generated demonstrations; used when no model is given."""
+
+    steps: int = 600
+    """Optimiser steps, at least 2."""
+    dense_share: float = 0.5
+    """Share of the steps with dense attention, in which the indexer learns from all keys."""
+    tokens_per_step: int = 4096
+    lr: float = 3e-3
+    """Peak learning rate; linear warm-up over 5 % of the steps, then linear decay to a tenth."""
+    vocab_size: int = 1024
+    judge_share: float = 0.2
+    """Share of the examples that teach judging."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.steps < 2:
+            raise ValueError(f"cold_start.steps must be at least 2, got {self.steps}")
+        if not 0 <= self.dense_share <= 1:
+            raise ValueError(f"dense_share must lie in [0, 1], got {self.dense_share}")
+        if self.vocab_size < 512:
+            raise ValueError(f"vocab_size must be at least 512 (256 bytes, markup and words), got {self.vocab_size}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rollout:
+    """The engines that sample."""
+
+    actors: int = 2
+    """Ray actors, each with its own vLLM engine."""
+    gpus_per_actor: float = 0.0
+    """Share of a GPU each actor reserves; 0 runs on the CPU."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    max_len: int = 512
+    """Longest context in tokens."""
+    kv_cache_mib: int = 256
+    """Memory of one engine's key-value cache."""
+    max_num_seqs: int = 128
+    """Sequences one engine decodes together."""
+
+    def __post_init__(self) -> None:
+        for name in ("actors", "max_len", "kv_cache_mib", "max_num_seqs"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"rollout.{name} must be at least 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config:
+    """A whole run."""
+
+    domains: dict[str, Domain]
+    model: str = ""
+    """Checkpoint folder (transformers format) to start from; empty: the cold start makes one, once."""
+    judge: str = ""
+    """Checkpoint folder of the frozen judge; empty: the checkpoint the run starts from."""
+    cold_start: ColdStart = field(default_factory=ColdStart)
+    rollout: Rollout = field(default_factory=Rollout)
+    sampling: Sampling = field(default_factory=Sampling)
+    steps: int = 30
+    """Rollout batches."""
+    group_size: int = 8
+    """Episodes of one prompt; advantages are centred within them."""
+    minibatches: int = 4
+    """Optimiser steps a rollout batch: from the second on, the data is off-policy."""
+    tokens_per_microbatch: int = 8192
+    lr: float = 3e-4
+    warmup_steps: int = 2
+    """Rollout batches over which the learning rate rises to lr."""
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    indexer_kl: float = 1.0
+    """Weight of the indexer's own KL loss, whose gradient reaches the indexer alone; 0 freezes the indexer."""
+    checkpoint_activations: bool = False
+    """Recompute each layer in the backward pass to save memory."""
+    keep_routing: bool = True
+    """Replay the engine's choice of experts."""
+    keep_sampling_mask: bool = True
+    """Normalise log-probabilities over the ids that the sampler kept."""
+    kl: Literal["unbiased", "k3"] = "unbiased"
+    """KL estimator; k3 is biased off-policy and is there to compare."""
+    held_out: int = 48
+    """Held-out prompts a domain, played before and after."""
+    save_every: int = 10
+    """Rollout batches between checkpoints; the two newest are kept."""
+    trackers: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = ()
+    """Experiment trackers to log to besides metrics.jsonl."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.domains:
+            raise ValueError("domains is empty; name at least one")
+        if self.group_size < 2:
+            raise ValueError(f"group_size must be at least 2 to centre rewards, got {self.group_size}")
+        for name in ("steps", "minibatches", "tokens_per_microbatch", "held_out", "save_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("lr", "max_grad_norm"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        for name in ("warmup_steps", "weight_decay", "indexer_kl", "seed"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether any domain asks for a KL to the reference policy."""
+        return any(domain.loss.beta > 0 for domain in self.domains.values())
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> "Config":
+        """Read a configuration that `save` wrote.
+
+        Raises:
+            ValueError: the file is missing or holds something else.
+        """
+        try:
+            return TypeAdapter(cls).validate_json(path.read_bytes())
+        except FileNotFoundError as error:
+            raise ValueError(f"{path.parent} is not a run: it has no {path.name}") from error
+        except ValidationError as error:
+            raise ValueError(f"{path} is not a configuration of this version: {error}") from error

@@ -1,0 +1,144 @@
+"""The mixture of domains: which tasks are drawn at which step, and how they are played."""
+
+import asyncio
+import hashlib
+import random
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+
+from trimtab.environments.base import Env, Message, Task
+from trimtab.grpo.config import Config, Domain
+from trimtab.rewards.length import overlong_penalty
+from trimtab.rewards.rubric import Judge
+from trimtab.rollout.chat import Chat, Conversation
+from trimtab.rollout.play import play_group
+from trimtab.rollout.types import Completion, Group, Request, Sampling
+
+Generate = Callable[[Request], Awaitable[list[Completion]]]
+JUDGE_SAMPLING = Sampling(temperature=1.0, top_p=1.0, top_k=1, max_tokens=4)  # greedy: the best id is kept alone
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """One group to be played."""
+
+    name: str
+    domain: str
+    make_env: Callable[[], Env]
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Played:
+    """What came back of a batch of draws: groups of at least two episodes, and what was lost on the way."""
+
+    groups: tuple[Group, ...]
+    voided: int
+    """Episodes that could not be scored."""
+    refused: Mapping[str, int]
+    """Episodes with an incomplete recording, by reason."""
+
+
+def load_tasks(config: Config, judge: Judge) -> dict[str, Task]:
+    """The task of each domain.
+
+    Raises:
+        ValueError: an import path leads nowhere.
+    """
+    return {name: domain.load_task(judge=judge) for name, domain in config.domains.items()}
+
+
+def draw_step(config: Config, tasks: Mapping[str, Task], step: int) -> list[Draw]:
+    """The groups of a training step: a function of the seed and the step alone, so a resumed run draws the same."""
+    return [
+        _draw(config, tasks, name, f"step{step}-{name}-{i}", held_out=False)
+        for name, domain in config.domains.items()
+        for i in range(domain.prompts)
+    ]
+
+
+def draw_held_out(config: Config, tasks: Mapping[str, Task]) -> list[Draw]:
+    """The held-out prompts: the same for every run, whatever its seed."""
+    fixed = replace(config, seed=0)
+    return [
+        _draw(fixed, tasks, name, f"held_out-{name}-{i}", held_out=True)
+        for name in config.domains
+        for i in range(config.held_out)
+    ]
+
+
+def _draw(config: Config, tasks: Mapping[str, Task], domain: str, name: str, *, held_out: bool) -> Draw:
+    seed = stable_seed(config.seed, name)
+    return Draw(name, domain, tasks[domain].sample(random.Random(seed), held_out=held_out), seed)
+
+
+def stable_seed(*parts: object) -> int:
+    """A seed of 31 bits from anything printable, the same in every process."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4]) >> 1
+
+
+async def play_draws(draws: Iterable[Draw], config: Config, generate: Generate, chat: Chat, group_size: int) -> Played:
+    """Play all groups at once; the engines batch whatever is in flight."""
+    played = await asyncio.gather(*(_play(draw, config, generate, chat, group_size) for draw in draws))
+    refused: Counter[str] = Counter()
+    for one in played:
+        refused.update(one.refused)
+    groups = tuple(one.group for one in played if one.group is not None)
+    return Played(groups, sum(one.voided for one in played), refused)
+
+
+def _play(draw: Draw, config: Config, generate: Generate, chat: Chat, group_size: int):
+    domain = config.domains[draw.domain]
+    return play_group(
+        draw.make_env,
+        name=draw.name,
+        domain=draw.domain,
+        group_size=group_size,
+        generate=generate,
+        chat=chat,
+        sampling=config.sampling,
+        weigh=partial(weigh, domain),
+        max_len=config.rollout.max_len,
+        seed=draw.seed,
+        length_penalty=partial(overlong_penalty, soft=domain.length_soft, hard=domain.length_hard),
+        thinking=domain.thinking,
+    )
+
+
+def weigh(domain: Domain, parts: Mapping[str, float]) -> float:
+    """The reward that trains: the weighted sum of the named parts; a part that is absent counts 0."""
+    return sum(weight * parts.get(name, 0.0) for name, weight in domain.weights.items())
+
+
+def part_means(groups: Iterable[Group]) -> dict[str, float]:
+    """Mean of every reward part, by `domain/part`, over the episodes that have it."""
+    values: dict[str, list[float]] = {}
+    for group in groups:
+        for episode in group.episodes:
+            for part, value in episode.rewards.items():
+                values.setdefault(f"{group.domain}/{part}", []).append(value)
+    return {name: sum(v) / len(v) for name, v in values.items()}
+
+
+def scores(groups: Iterable[Group], config: Config) -> dict[str, float]:
+    """Mean of each domain's score part over all episodes; one that never earned the part counts 0."""
+    values: dict[str, list[float]] = {name: [] for name in config.domains}
+    for group in groups:
+        part = config.domains[group.domain].score
+        values[group.domain] += [episode.rewards.get(part, 0.0) for episode in group.episodes]
+    return {name: sum(v) / max(len(v), 1) for name, v in values.items()}
+
+
+def make_judge(generate: Generate, chat: Chat) -> Judge:
+    """A judge that asks a frozen policy, greedily."""
+
+    async def judge(prompt: str) -> str:
+        conversation = Conversation(chat, (Message("user", prompt),), thinking=False)
+        name = f"judge-{stable_seed(prompt)}"
+        request = Request(name=name, prompt_ids=conversation.prompt_ids(), sampling=JUDGE_SAMPLING)
+        (completion,) = await generate(request)
+        return chat.parse(completion.token_ids, thinking=False).content
+
+    return judge

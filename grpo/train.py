@@ -1,0 +1,252 @@
+"""The main loop: play, pack, train, synchronise, log. Read it from `Run.train` down."""
+
+import asyncio
+import json
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+
+from trimtab.grpo.batch import trajectories
+from trimtab.grpo.cold_start import cold_start
+from trimtab.grpo.config import Config
+from trimtab.grpo.display import LiveTable, held_out_table
+from trimtab.grpo.mixture import Draw, Played, draw_held_out, draw_step, load_tasks, make_judge
+from trimtab.grpo.mixture import part_means, play_draws, scores
+from trimtab.grpo.policy import check_checkpoint, load_policy
+from trimtab.grpo.run import RunFolder, replace_text, step_of_checkpoint
+from trimtab.grpo.trainer import Trainer
+from trimtab.rollout.chat import Chat
+from trimtab.rollout.engine import EngineConfig
+from trimtab.rollout.pool import Pool
+
+HELD_OUT_SAMPLES = 4
+INTERRUPTED = 130  # the shell's code for Ctrl-C
+
+
+def prepare(config: Config, path: Path, *, resume: bool) -> "Run":
+    """Check everything that can be checked before the first minute is spent.
+
+    Raises:
+        ValueError: a checkpoint, task or run folder that is missing or unfit.
+    """
+    for checkpoint in filter(None, (config.model, config.judge)):
+        check_checkpoint(Path(checkpoint))
+    load_tasks(config, judge=_no_judge)
+    if resume:
+        RunFolder.open(path).latest_checkpoint()
+    elif path.exists():
+        raise ValueError(f"{path} exists already; continue it with `trimtab train {path} --resume`")
+    return Run(config, path, resume)
+
+
+async def _no_judge(prompt: str) -> str:
+    raise AssertionError(f"nothing is judged before the run starts, got {prompt!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A checked run, ready to start."""
+
+    config: Config
+    path: Path
+    resume: bool
+
+    def train(self) -> int:
+        """Run to the last step, or to the step during which Ctrl-C comes. Returns the exit code."""
+        console = Console()
+        with stop_after_interrupt(console) as stopping, ExitStack() as stack:
+            config = self.config if self.config.model else replace(self.config, model=str(cold_start(self.config, console)))
+            folder = RunFolder.open(self.path) if self.resume else RunFolder.create(self.path, config)
+            console.print(f"run: {folder.path}")
+            trainer, first = load_trainer(config, folder, resume=self.resume)
+            players = stack.enter_context(Players.start(config, trainer, first))
+            if first == 0:
+                save_held_out(folder, before=players.held_out())
+            table = stack.enter_context(LiveTable(list(config.domains), config.steps, console))
+            for step in range(first, config.steps):
+                metrics = one_step(config, folder, trainer, players, step)
+                table.show(metrics)
+                done = step + 1
+                if done % config.save_every == 0 or done == config.steps or stopping():
+                    save(folder, trainer, done)
+                if stopping():
+                    console.print(f"stopped after step {done}; go on with: trimtab train {folder.path} --resume")
+                    return INTERRUPTED
+            save_held_out(folder, after=players.held_out())
+        report(folder, config, console)
+        return 0
+
+
+def one_step(config: Config, folder: RunFolder, trainer: Trainer, players: "Players", step: int) -> dict[str, Any]:
+    """Play a rollout batch with the current weights, train on it, hand the new weights to the engines."""
+    started = time.perf_counter()
+    played = players.play(draw_step(config, players.tasks, step), config.group_size)
+    seconds_rollout = time.perf_counter() - started
+    folder.save_episodes(step, played.groups)
+    batch = trajectories(played.groups, {name: domain.loss for name, domain in config.domains.items()})
+    metrics = {"step": step} | rollout_metrics(played, config, seconds_rollout)
+    metrics["trained_trajectories"] = len(batch)
+    metrics |= trainer.train_on(batch, step)
+    synchronised = time.perf_counter()
+    players.pool.load_weights(trainer.weights(), step + 1)
+    metrics["seconds_sync"] = time.perf_counter() - synchronised
+    metrics["seconds"] = time.perf_counter() - started
+    metrics["engine_restarts"] = players.pool.restarts
+    folder.log(metrics)
+    trainer.accelerator.log(metrics, step=step)
+    return metrics
+
+
+class Players:
+    """The engines that sample, the engine that judges, and the tasks they play."""
+
+    def __init__(self, config: Config, pool: Pool, judge_pool: Pool, runner: asyncio.Runner):
+        self._config, self.pool, self._judge_pool, self._runner = config, pool, judge_pool, runner
+        self._chat = Chat.load(config.model)
+        self.tasks = load_tasks(config, judge=make_judge(judge_pool.generate, self._chat))
+
+    @classmethod
+    @contextmanager
+    def start(cls, config: Config, trainer: Trainer, version: int) -> Iterator["Players"]:
+        """Start the engines; the sampling ones get the trainer's weights."""
+        with ExitStack() as stack:
+            runner = stack.enter_context(asyncio.Runner())
+            judge_config = engine_config(config, config.judge or config.model)
+            pool = Pool(engine_config(config, config.model), config.rollout.actors, config.rollout.gpus_per_actor)
+            stack.callback(pool.close)
+            judge_pool = Pool(judge_config, 1, config.rollout.gpus_per_actor)
+            stack.callback(judge_pool.close)
+            if version:
+                pool.load_weights(trainer.weights(), version)
+            yield cls(config, pool, judge_pool, runner)
+
+    def play(self, draws: list[Draw], group_size: int) -> Played:
+        return self._runner.run(play_draws(draws, self._config, self.pool.generate, self._chat, group_size))
+
+    def held_out(self) -> dict[str, Any]:
+        """Scores and reward parts on the held-out prompts."""
+        played = self.play(draw_held_out(self._config, self.tasks), HELD_OUT_SAMPLES)
+        return {"score": scores(played.groups, self._config), "parts": part_means(played.groups)}
+
+
+def engine_config(config: Config, model: str) -> EngineConfig:
+    rollout = config.rollout
+    return EngineConfig(
+        model=model,
+        dtype=rollout.dtype,
+        max_model_len=rollout.max_len,
+        kv_cache_bytes=rollout.kv_cache_mib * 2**20,
+        max_num_seqs=rollout.max_num_seqs,
+        seed=config.seed,
+    )
+
+
+def load_trainer(config: Config, folder: RunFolder, *, resume: bool) -> tuple[Trainer, int]:
+    """The trainer, and the first step it has to do."""
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), log_with=list(config.trackers), project_dir=folder.path)
+    if accelerator.num_processes > 1:
+        raise ValueError(f"training runs in one process in this version, got {accelerator.num_processes}")
+    if config.trackers:
+        accelerator.init_trackers("trimtab", init_kwargs={})
+    frozen = load_policy(Path(config.model)).requires_grad_(False) if config.needs_reference else None
+    if not resume:
+        return Trainer(config, load_policy(Path(config.model)), frozen, accelerator), 0
+    checkpoint = folder.latest_checkpoint()
+    trainer = Trainer(config, load_policy(checkpoint), frozen, accelerator)
+    trainer.load_optimizer(checkpoint / "optimizer.pt")
+    first = step_of_checkpoint(checkpoint)
+    folder.rewind(first)
+    return trainer, first
+
+
+def save(folder: RunFolder, trainer: Trainer, step: int) -> None:
+    """Write a checkpoint; a full disk costs this one, not the run."""
+    tokenizer = Path(trainer.config.model)
+
+    def write(path: Path) -> None:
+        trainer.policy.save(path)
+        for file in tokenizer.glob("tokenizer*"):
+            shutil.copy(file, path)
+        trainer.save_optimizer(path / "optimizer.pt")
+
+    try:
+        folder.save_checkpoint(step, write)
+    except OSError as error:
+        print(f"trimtab: the checkpoint of step {step} could not be written ({error}); going on", file=sys.stderr)
+
+
+def rollout_metrics(played: Played, config: Config, seconds: float) -> dict[str, Any]:
+    """Rewards by domain, and what the recording says of the sampler."""
+    episodes = [episode for group in played.groups for episode in group.episodes]
+    segments = [segment for episode in episodes for segment in episode.segments]
+    kept = np.concatenate([np.diff(segment.kept_offsets) for segment in segments])
+    without_routes = sum(count for reason, count in played.refused.items() if "route" in reason)
+    metrics: dict[str, Any] = {
+        f"reward/{name}": float(np.mean([e.reward for e in episodes if e.domain == name])) for name in config.domains
+    }
+    metrics |= part_means(played.groups)
+    metrics |= {
+        "episodes": len(episodes),
+        "voided": played.voided,
+        "refused": sum(played.refused.values()),
+        "route_coverage": len(episodes) / (len(episodes) + without_routes),
+        "route_bytes": sum(segment.routes.nbytes for segment in segments),
+        "kept_mean": float(kept.mean()),
+        "kept_p99": float(np.quantile(kept, 0.99)),
+        "kept_singletons": float((kept == 1).mean()),
+        "sampled_tokens": len(kept),
+        "truncated": float(np.mean([episode.ended == "length" for episode in episodes])),
+        "malformed": float(np.mean([episode.ended == "malformed" for episode in episodes])),
+        "seconds_rollout": seconds,
+        "rollout_tokens_per_s": len(kept) / seconds,
+    }
+    return metrics
+
+
+def save_held_out(folder: RunFolder, **results: dict[str, Any]) -> None:
+    file = folder.path / "held_out.json"
+    known = json.loads(file.read_text()) if file.exists() else {}
+    replace_text(file, json.dumps(known | results, indent=2) + "\n")
+
+
+def report(folder: RunFolder, config: Config, console: Console) -> None:
+    """The end of a run: scores before and after, and where things are."""
+    results = json.loads((folder.path / "held_out.json").read_text())
+    console.print(held_out_table(results["before"]["score"], results["after"]["score"], config.held_out))
+    for name in ("before", "after"):
+        agreement = {k: v for k, v in results[name]["parts"].items() if k.endswith("/judge_agreement")}
+        for part, value in agreement.items():
+            console.print(f"judge's agreement with ground truth, {part.partition('/')[0]}, {name}: {value:.1%}")
+    console.print(f"metrics      {folder.path / 'metrics.jsonl'}")
+    console.print(f"episodes     {folder.path / 'episodes'}")
+    console.print(f"checkpoint   {folder.latest_checkpoint()}")
+
+
+@contextmanager
+def stop_after_interrupt(console: Console) -> Iterator[Callable[[], bool]]:
+    """The first Ctrl-C asks for a stop after the current step, the second one stops at once."""
+    asked = False
+
+    def ask(signum: int, frame: object) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+        console.print("stopping after this step; Ctrl-C again stops at once and loses it")
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield lambda: asked
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,111 @@
+"""Rubrics: an answer earns the weighted share of the criteria that a judge finds satisfied."""
+
+import asyncio
+import math
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+
+Judge = Callable[[str], Awaitable[str]]
+"""Takes the text of a prompt, returns the text of a verdict."""
+
+
+class JudgeError(Exception):
+    """The judge gave no usable verdict: nothing can be said about the answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Criterion:
+    """One demand on an answer.
+
+    text completes the question "Does it ...?" and is shown to the judge; check, where the demand can be checked by
+    a program, is the truth that verdicts are compared with.
+    """
+
+    text: str
+    weight: float = 1.0
+    check: Callable[[str], bool] | None = None
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.weight) and self.weight > 0):
+            raise ValueError(f"the weight of criterion {self.text!r} must be above 0, got {self.weight}")
+
+
+@dataclass(frozen=True, slots=True)
+class Rubric:
+    """The criteria of one prompt; at least one."""
+
+    criteria: tuple[Criterion, ...]
+
+    def __post_init__(self) -> None:
+        if not self.criteria:
+            raise ValueError("a rubric needs at least one criterion")
+
+
+@dataclass(frozen=True, slots=True)
+class RubricScore:
+    """Verdicts by criterion, and the truth of the criteria that have a check (None without one)."""
+
+    rubric: Rubric
+    verdicts: tuple[bool, ...]
+    truths: tuple[bool | None, ...]
+
+    @property
+    def score(self) -> float:
+        """Weighted share of the criteria that the judge found satisfied, in [0, 1]."""
+        return _weighted_share(self.rubric.criteria, self.verdicts)
+
+    @property
+    def truth(self) -> float | None:
+        """Weighted share of the checked criteria that are satisfied, in [0, 1]; None when none has a check."""
+        checked = [(c, truth) for c, truth in zip(self.rubric.criteria, self.truths, strict=True) if truth is not None]
+        return _weighted_share([c for c, _ in checked], [truth for _, truth in checked]) if checked else None
+
+    @property
+    def agreement(self) -> float | None:
+        """Share of verdicts that equal the truth, over the checked criteria; None when none has a check."""
+        pairs = [(v, truth) for v, truth in zip(self.verdicts, self.truths, strict=True) if truth is not None]
+        return sum(verdict == truth for verdict, truth in pairs) / len(pairs) if pairs else None
+
+
+def judge_prompt(answer: str, criterion: Criterion, *, task: str = "") -> str:
+    """The question put to the judge about one criterion; task, when given, is what the answer replies to."""
+    asked = f"Task: {task}\n" if task else ""
+    return f"{asked}Text: {answer}\nDoes it {criterion.text}? yes or no"
+
+
+def parse_verdict(text: str) -> bool:
+    """True for "yes", False for "no", in any case and with spaces around.
+
+    Raises:
+        ValueError: any other text; a judge that explains, hesitates or rambles has given no verdict.
+    """
+    verdict = text.strip().lower()
+    if verdict not in ("yes", "no"):
+        raise ValueError(f"a verdict must be 'yes' or 'no', got {text!r}")
+    return verdict == "yes"
+
+
+async def rubric_score(answer: str, rubric: Rubric, judge: Judge, *, task: str = "") -> RubricScore:
+    """Ask the judge once for each criterion, all at a time.
+
+    Raises:
+        JudgeError: a call failed or a verdict was neither yes nor no.
+    """
+    verdicts = await asyncio.gather(
+        *(_ask(judge, judge_prompt(answer, criterion, task=task)) for criterion in rubric.criteria)
+    )
+    truths = tuple(None if criterion.check is None else criterion.check(answer) for criterion in rubric.criteria)
+    return RubricScore(rubric, tuple(verdicts), truths)
+
+
+async def _ask(judge: Judge, prompt: str) -> bool:
+    try:
+        return parse_verdict(await judge(prompt))
+    except Exception as error:  # a judge is a model behind a network: whatever breaks, there is no verdict
+        raise JudgeError(f"no verdict on {prompt!r}: {error}") from error
+
+
+def _weighted_share(criteria: Sequence[Criterion], satisfied: Sequence[bool]) -> float:
+    weights = [criterion.weight for criterion in criteria]
+    earned = sum(weight for weight, yes in zip(weights, satisfied, strict=True) if yes)
+    return earned / sum(weights)
