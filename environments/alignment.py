@@ -15,10 +15,9 @@ from trimtab.environments.split import is_held_out
 from trimtab.rewards.language import Language, language_consistency
 from trimtab.rewards.rubric import Criterion, Judge, JudgeError, Rubric, judge_prompt, rubric_score
 
-NAMES: Mapping[str, str] = {"Hua": "华", "Jun": "军", "Lin": "林", "Mei": "梅", "Ming": "明", "Wei": "伟"}
+NAMES: Mapping[str, str] = {"Hua": "华", "Lin": "林", "Mei": "梅", "Wei": "伟"}
 NOUNS: Mapping[str, str] = {
-    "bird": "鸟", "boat": "船", "book": "书", "fire": "火", "fish": "鱼", "horse": "马",
-    "moon": "月", "rain": "雨", "river": "河", "tea": "茶", "tree": "树", "wind": "风",
+    "bird": "鸟", "boat": "船", "fish": "鱼", "horse": "马", "moon": "月", "rain": "雨", "river": "河", "tree": "树",
 }  # fmt: skip
 
 Kind = Literal["greet", "mention", "avoid", "thank", "language", "limit"]
@@ -144,7 +143,7 @@ def _draw_wishes(rng: random.Random) -> tuple[Wish, ...]:
         "mention": lambda: next(nouns),
         "avoid": lambda: next(nouns),
         "thank": lambda: "",
-        "language": lambda: rng.choice(("en", "zh")),
+        "language": lambda: rng.choice(("en", "en", "zh")),
         "limit": lambda: str(max(sentences, 2)),
     }
     return tuple(Wish(kind, subjects[kind]()) for kind in kinds)
@@ -179,7 +178,8 @@ def _write(wishes: Sequence[Wish], granted: Sequence[bool], rng: random.Random) 
         return speak({language: templates[i] for language, templates in _TEMPLATES.items()}, noun)
 
     named = {wish.subject for wish in wishes}
-    spare = rng.sample([noun for noun in NOUNS if noun not in named], 6)
+    spare = [noun for noun in NOUNS if noun not in named]
+    rng.shuffle(spare)
     opening, body, closing = [], [], []
     for wish, grant in grants.items():
         match wish.kind:

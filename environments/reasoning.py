@@ -17,10 +17,10 @@ from trimtab.rewards.language import Language, language_consistency
 CHINESE = "请用中文思考。"
 
 DATASETS: Mapping[str, Mapping[str, Any]] = {
-    "chain_sum": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2},
-    "gcd": {"min_value": 2, "max_value": 24},
-    "number_filtering": {"min_numbers": 2, "max_numbers": 4, "max_decimals": 0, "min_value": 1, "max_value": 99},
-    "count_primes": {"max_n": 30},
+    "chain_sum": {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 1},
+    "gcd": {"min_value": 2, "max_value": 15},
+    "number_filtering": {"min_numbers": 2, "max_numbers": 4, "max_decimals": 0, "min_value": 1, "max_value": 9},
+    "count_primes": {"max_n": 15},
 }
 """Names of reasoning-gym's datasets and the options they are built with."""
 

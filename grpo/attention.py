@@ -8,6 +8,7 @@ C = latent width, V = value width, K = selected keys.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -106,7 +107,7 @@ def blocks_of(cu_seqlens: Tensor) -> list[Block]:
         ValueError: cu_seqlens does not start at 0 or an entry is not above the one before.
     """
     offsets = cu_seqlens.tolist()
-    lengths = [end - start for start, end in zip(offsets, offsets[1:], strict=False)]
+    lengths = [end - start for start, end in pairwise(offsets)]
     if offsets[:1] != [0] or not lengths or min(lengths) < 1:
         raise ValueError(f"cu_seqlens must start at 0 and rise with every sequence, got {offsets}")
     groups: list[list[int]] = [[]]
@@ -190,13 +191,14 @@ def attend_dense(
     k_rope = latents.k_rope_BTR[:, :, None].expand(-1, -1, m.num_heads, -1)
     k_BTHD = torch.cat([k_nope, k_rope], -1)
     if index is None:
-        return causal_mha(latents.q_BTHD, k_BTHD, v_BTHV, m.scaling), None
+        return reference.masked_mha(latents.q_BTHD, k_BTHD, v_BTHV, causal_TM, m.scaling), None
     score_BTM = index.scores(causal_TM)
     selected_BTM = reference.select(score_BTM.detach(), topk)
+    if not with_kl:
+        return reference.masked_mha(latents.q_BTHD, k_BTHD, v_BTHV, selected_BTM, m.scaling), None
     prob_BHTM = reference.masked_prob(latents.q_BTHD, k_BTHD, selected_BTM, m.scaling)
-    out_BTHV = torch.einsum("bhtm,bmhv->bthv", prob_BHTM.to(v_BTHV.dtype), v_BTHV)
-    kl_BT = reference.indexer_kl(score_BTM, prob_BHTM.detach().sum(1), selected_BTM) if with_kl else None
-    return out_BTHV, kl_BT
+    out_BTHV = torch.matmul(prob_BHTM.to(v_BTHV.dtype), v_BTHV.transpose(1, 2)).transpose(1, 2)
+    return out_BTHV, reference.indexer_kl(score_BTM, prob_BHTM.detach().sum(1), selected_BTM)
 
 
 def attend_sparse(
@@ -256,32 +258,32 @@ def sparse_attention(
     m: Any = mla
     cos_NR, sin_NR = rotary
     q_NC = rms_norm(m.q_a_layernorm, m.q_a_proj(x_ND))
-    q_nope, q_rope = m.q_b_proj(q_NC).unflatten(-1, (m.num_heads, -1)).split(
-        [m.qk_nope_head_dim, m.qk_rope_head_dim], -1
+    q_nope, q_rope = (
+        m.q_b_proj(q_NC).unflatten(-1, (m.num_heads, -1)).split([m.qk_nope_head_dim, m.qk_rope_head_dim], -1)
     )
     q_NHD = torch.cat([q_nope, rotate_pairs(q_rope, cos_NR[:, None], sin_NR[:, None])], -1)
     latent_NC, k_rope_NR = m.kv_a_proj_with_mqa(x_ND).split([m.kv_lora_rank, m.qk_rope_head_dim], -1)
     latents = (q_NHD, rms_norm(m.kv_a_layernorm, latent_NC), rotate_pairs(k_rope_NR, cos_NR, sin_NR))
     index: Index | tuple[()] = ()
-    if with_indexer_kl or any(block.T > topk for block in blocks):
+    if with_indexer_kl or any(topk < block.T for block in blocks):
         with torch.set_grad_enabled(with_indexer_kl and torch.is_grad_enabled()):
             index = index_projections(m.indexer, x_ND.detach(), q_NC.detach(), cos_NR, sin_NR)
     sizes = [block.tokens for block in blocks]
     outs, kls = [], []
     for block, *parts in zip(blocks, *(x.split(sizes) for x in (*latents, *index)), strict=True):
         padded = [block.pad(part) for part in parts]
-        indexed = with_indexer_kl or block.T > topk
-        out, kl = choose(block.T, topk)(
+        indexed = with_indexer_kl or topk < block.T
+        attend = choose(block.T, topk) if indexed else attend_dense
+        out, kl = attend(
             mla, Latents(*padded[:3]), Index(*padded[3:]) if indexed else None, block.causal_TM, topk, with_indexer_kl
         )
         outs.append(block.unpad(out.flatten(-2)))
-        kls += [block.unpad(kl)] if kl is not None else []
+        if kl is not None:
+            kls.append(block.unpad(kl))
     return m.o_proj(torch.cat(outs)), torch.cat(kls) if kls else None
 
 
-def full_attention(
-    attention: nn.Module, x_ND: Tensor, rotary: tuple[Tensor, Tensor], blocks: list[Block]
-) -> Tensor:
+def full_attention(attention: nn.Module, x_ND: Tensor, rotary: tuple[Tensor, Tensor], blocks: list[Block]) -> Tensor:
     """Causal attention of Llama and Qwen3 over a pack; Qwen3 normalises queries and keys.
 
     Returns:

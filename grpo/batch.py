@@ -8,12 +8,14 @@ import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from trimtab.grpo.estimators import LossSettings, group_advantage
+from trimtab.grpo.config import LossSettings
+from trimtab.grpo.estimators import group_advantage
 from trimtab.rollout.types import Group, Segment
 
 
@@ -70,9 +72,7 @@ class Packed:
     def to(self, device: torch.device | str) -> "Packed":
         """The same pack on another device."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        moved = {
-            name: value.to(device, non_blocking=True) for name, value in values.items() if isinstance(value, Tensor)
-        }
+        moved: dict[str, Any] = {name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)}
         return replace(self, **moved)
 
 
@@ -83,18 +83,16 @@ def trajectories(groups: Sequence[Group], settings: Mapping[str, LossSettings]) 
     dropped groups should still count, they belong in the divisor of the loss, which the caller passes.
 
     Raises:
-        ValueError: a group of one episode, a reward that is not finite, a domain without settings, an episode in
-            which the policy sampled nothing.
+        ValueError: a reward that is not finite, a domain without settings, an episode without segments.
     """
     kept = []
     for group in groups:
         if group.domain not in settings:
             raise ValueError(f"domain {group.domain!r} has no loss settings; there are settings for {sorted(settings)}")
         reward_G = torch.tensor([episode.reward for episode in group.episodes], dtype=torch.float64)
-        try:
-            advantage_G = group_advantage(reward_G)
-        except ValueError as error:
-            raise ValueError(f"group {group.name!r}: {error}") from None
+        if not reward_G.isfinite().all():
+            raise ValueError(f"group {group.name!r} holds a reward that is not finite: {reward_G.tolist()}")
+        advantage_G = group_advantage(reward_G)
         if not advantage_G.any():
             continue
         for episode, advantage in zip(group.episodes, advantage_G.tolist(), strict=True):
@@ -105,8 +103,8 @@ def trajectories(groups: Sequence[Group], settings: Mapping[str, LossSettings]) 
                 advantage=advantage,
                 settings=settings[group.domain],
             )
-            if trajectory.num_sampled == 0:
-                raise ValueError(f"episode {episode.name!r} holds no sampled token: refuse it before training")
+            if not trajectory.segments:
+                raise ValueError(f"episode {episode.name!r} holds no segment: nothing was sampled in it")
             kept.append(trajectory)
     return kept
 
@@ -137,8 +135,7 @@ def pack(batch: Sequence[Trajectory], max_tokens: int) -> list[Packed]:
     is longer than max_tokens has a pack of its own. Sorted by longest segment, to which attention pads its pack.
 
     Raises:
-        ValueError: max_tokens below 1, a segment whose first token is sampled (nothing predicts it), routes of
-            different shapes.
+        ValueError: max_tokens below 1, routes of different shapes.
     """
     if max_tokens < 1:
         raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
@@ -155,9 +152,6 @@ def pack(batch: Sequence[Trajectory], max_tokens: int) -> list[Packed]:
 
 def _packed(members: Sequence[Trajectory]) -> Packed:
     segments = [segment for trajectory in members for segment in trajectory.segments]
-    for segment in segments:
-        if segment.sampled[0]:
-            raise ValueError(f"segment {segment.name!r} starts with a sampled token: a segment starts with a prompt")
     sampled_N = np.concatenate([segment.sampled for segment in segments])
     ids_N = _tensor([segment.token_ids for segment in segments], np.int64)
     position_S = torch.from_numpy(np.flatnonzero(sampled_N))

@@ -101,7 +101,9 @@ def train(config: Config, out: Path, console: Console) -> None:
     model = DeepseekV32ForCausalLM(quickstart_policy(len(tokenizer), chat.bos_id, chat.eos_id))
     policy = Policy(model)
     parameters = sum(parameter.numel() for parameter in policy.parameters())
-    console.print(f"cold start: {parameters / 1e6:.1f} M parameters, vocabulary {len(tokenizer)}, {settings.steps} steps")
+    console.print(
+        f"cold start: {parameters / 1e6:.1f} M parameters, vocabulary {len(tokenizer)}, {settings.steps} steps"
+    )
     _optimise(policy, _batches(sources, settings, chat), settings, console)
     policy.save(out)
     tokenizer.save_pretrained(out)
@@ -170,6 +172,18 @@ def _optimise(policy: Policy, batches: Iterator[list[Sequence]], settings: ColdS
                 f"indexer KL {float(indexer_kl):.3f}  {speed:,.0f} tok/s",
                 highlight=False,
             )
+
+
+def _loss(policy: Policy, batch: list[Sequence], *, dense: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross-entropy of the sampled tokens, and the indexer's KL, each a mean over its tokens."""
+    ids_N = torch.from_numpy(np.concatenate([ids for ids, _ in batch])).long()
+    sampled_N = torch.from_numpy(np.concatenate([sampled for _, sampled in batch]))
+    cu_seqlens = torch.tensor([0, *np.cumsum([len(ids) for ids, _ in batch])])
+    out = policy(ids_N, cu_seqlens, dense_attention=dense, with_indexer_kl=True)
+    predict_S = sampled_N.nonzero().squeeze(-1)
+    logits_SV = out.hidden_ND.index_select(0, predict_S - 1) @ policy.head_weight.T
+    assert out.indexer_kl_N is not None
+    return F.cross_entropy(logits_SV, ids_N[predict_S]), out.indexer_kl_N.mean()
 
 
 def _schedule(step: int, steps: int) -> float:

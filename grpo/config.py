@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -25,8 +26,8 @@ class LossSettings:
     """A failed trajectory whose mean log(pi_old / pi) exceeds this leaves the surrogate; None keeps all."""
 
     def __post_init__(self) -> None:
-        if not self.beta >= 0:
-            raise ValueError(f"beta must be 0 or more, got {self.beta}")
+        if not 0 <= self.beta < math.inf:
+            raise ValueError(f"beta must be 0 or more and finite (0 trains without a reference), got {self.beta}")
         if not 0 < self.clip_low <= 1:
             raise ValueError(f"clip_low must lie in (0, 1], got {self.clip_low}")
         if not self.clip_high > 0:

@@ -7,35 +7,13 @@ A trajectory is everything that shares one reward. Context management may split 
 stay one sequence here, so a micro-batch must hold all of them: a mean over part of a trajectory is another number.
 """
 
-import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LossSettings:
-    """What one domain asks of the objective."""
-
-    beta: float = 0.001
-    """Weight of the KL to the reference policy; 0 needs no reference."""
-    clip_low: float = 0.2
-    """The ratio is clipped below at 1 - clip_low."""
-    clip_high: float = 0.28
-    """... and above at 1 + clip_high."""
-    delta: float | None = 0.1
-    """Failed trajectories whose drift exceeds this lose their surrogate; None keeps them all. Nats a token."""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.beta < math.inf:
-            raise ValueError(f"beta must be at least 0 and finite (0 trains without a reference), got {self.beta}")
-        if not self.clip_low > 0:
-            raise ValueError(f"clip_low must be above 0 (0 would clip every change), got {self.clip_low}")
-        if not self.clip_high > 0:
-            raise ValueError(f"clip_high must be above 0 (0 would clip every change), got {self.clip_high}")
-        if self.delta is not None and not self.delta >= 0:
-            raise ValueError(f"delta must be at least 0, or None to keep every trajectory, got {self.delta}")
+KlEstimator = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,6 +203,7 @@ def grpo_loss(
     clip_high_B: Tensor,
     beta_B: Tensor,
     delta_B: Tensor,
+    kl: KlEstimator = unbiased_kl,
 ) -> GrpoLoss:
     """The objective of DeepSeek-V3.2, negated, over one micro-batch.
 
@@ -238,6 +217,7 @@ def grpo_loss(
         length_B: |o_i|, sampled tokens of the whole trajectory.
         num_trajectories: the divisor, of the whole batch: over all micro-batches and ranks.
         delta_B: inf keeps every trajectory.
+        kl: another estimator from (logp, old_logp, ref_logp), to compare.
 
     Raises:
         ValueError: log-probabilities that are not finite; a beta above 0 without a reference; a trajectory of
@@ -247,7 +227,7 @@ def grpo_loss(
     B = len(advantage_B)
     advantage_S, low_S, high_S = advantage_B[sequence_S], clip_low_B[sequence_S], clip_high_B[sequence_S]
     surrogate_S = clipped_surrogate(logp_S, old_logp_S, advantage_S, low_S, high_S)
-    kl_S = torch.zeros_like(logp_S) if ref_logp_S is None else unbiased_kl(logp_S, old_logp_S, ref_logp_S)
+    kl_S = torch.zeros_like(logp_S) if ref_logp_S is None else kl(logp_S, old_logp_S, ref_logp_S)
     drift_B = drift(logp_S, old_logp_S, sequence_S, B)
     keep_B = off_policy_keep(drift_B, advantage_B, delta_B)
 

@@ -52,7 +52,9 @@ def gate_weights(score_NE: Tensor, ids_NK: Tensor, *, normalise: bool, scale: fl
 
 
 def mix_experts(x_ND: Tensor, ids_NK: Tensor, weight_NK: Tensor, gate_up_E2ID: Tensor, down_EDI: Tensor) -> Tensor:
-    """The weighted sum of each token's SwiGLU experts. Deterministic: rows are sorted by expert, never added atomically.
+    """The weighted sum of each token's SwiGLU experts.
+
+    Deterministic: rows are sorted by expert and gathered back, never added atomically.
 
     Returns:
         [N, D] in x's dtype.

@@ -5,7 +5,8 @@ R = rotary width, V = vocabulary.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from transformers import (
     Qwen3ForCausalLM,
     Qwen3MoeForCausalLM,
 )
+from transformers.utils import logging
 
 from trimtab.grpo.attention import Attend, Block, blocks_of, choose_attend, full_attention, rms_norm, sparse_attention
 from trimtab.grpo.moe import deepseek_moe, qwen_moe
@@ -194,21 +196,37 @@ class Policy(nn.Module):
 
     def save(self, path: Path | str) -> None:
         """Write a checkpoint that transformers and vLLM load."""
-        self.model.save_pretrained(path)
+        with _no_progress_bars():
+            self.model.save_pretrained(path)
+
+
+def check_checkpoint(path: Path | str) -> str:
+    """The architecture of the checkpoint in a folder, if load_policy can read it. Reads its config.json only.
+
+    Raises:
+        ValueError: no such folder, no config.json in it, or an architecture that is not supported.
+    """
+    config_file = Path(path) / "config.json"
+    if not config_file.is_file():
+        raise ValueError(f"no checkpoint at {path}: give a folder that holds config.json and model.safetensors")
+    try:
+        names = json.loads(config_file.read_text())["architectures"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{config_file} names no architecture: write it with save_pretrained") from error
+    name = names[0] if names else "none"
+    _architecture(name)
+    return name
 
 
 def load_policy(path: Path | str, *, dtype: torch.dtype = torch.float32, checkpointing: bool = False) -> Policy:
     """Read a transformers checkpoint from a folder.
 
     Raises:
-        ValueError: no such folder, no config.json in it, an architecture that is not supported, or weights missing.
+        ValueError: what check_checkpoint refuses, or weights that are missing.
     """
-    config_file = Path(path) / "config.json"
-    if not config_file.is_file():
-        raise ValueError(f"no checkpoint at {path}: give a folder that holds config.json and model.safetensors")
-    names = json.loads(config_file.read_text()).get("architectures") or ["none"]
-    model_class: Any = _architecture(names[0]).model
-    model, found = model_class.from_pretrained(path, dtype=dtype, output_loading_info=True)
+    model_class: Any = _architecture(check_checkpoint(path)).model
+    with _no_progress_bars():
+        model, found = model_class.from_pretrained(path, dtype=dtype, output_loading_info=True)
     if missing := sorted(found["missing_keys"]):
         raise ValueError(f"the checkpoint at {path} lacks {len(missing)} weights, such as {missing[0]}")
     return Policy(model, checkpointing=checkpointing)
@@ -218,3 +236,15 @@ def _architecture(name: str) -> Architecture:
     if name not in ARCHITECTURES:
         raise ValueError(f"architecture {name} is not supported; supported are {', '.join(ARCHITECTURES)}")
     return ARCHITECTURES[name]
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """transformers draws a bar for every file, which would tear a live table."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

@@ -21,8 +21,17 @@ from trimtab.grpo.batch import trajectories
 from trimtab.grpo.cold_start import cold_start
 from trimtab.grpo.config import Config
 from trimtab.grpo.display import LiveTable, held_out_table
-from trimtab.grpo.mixture import Draw, Played, draw_held_out, draw_step, load_tasks, make_judge
-from trimtab.grpo.mixture import part_means, play_draws, scores
+from trimtab.grpo.mixture import (
+    Draw,
+    Played,
+    draw_held_out,
+    draw_step,
+    load_tasks,
+    make_judge,
+    part_means,
+    play_draws,
+    scores,
+)
 from trimtab.grpo.policy import check_checkpoint, load_policy
 from trimtab.grpo.run import RunFolder, replace_text, step_of_checkpoint
 from trimtab.grpo.trainer import Trainer
@@ -66,7 +75,9 @@ class Run:
         """Run to the last step, or to the step during which Ctrl-C comes. Returns the exit code."""
         console = Console()
         with stop_after_interrupt(console) as stopping, ExitStack() as stack:
-            config = self.config if self.config.model else replace(self.config, model=str(cold_start(self.config, console)))
+            config = (
+                self.config if self.config.model else replace(self.config, model=str(cold_start(self.config, console)))
+            )
             folder = RunFolder.open(self.path) if self.resume else RunFolder.create(self.path, config)
             console.print(f"run: {folder.path}")
             trainer, first = load_trainer(config, folder, resume=self.resume)
@@ -154,7 +165,9 @@ def engine_config(config: Config, model: str) -> EngineConfig:
 
 def load_trainer(config: Config, folder: RunFolder, *, resume: bool) -> tuple[Trainer, int]:
     """The trainer, and the first step it has to do."""
-    accelerator = Accelerator(cpu=not torch.cuda.is_available(), log_with=list(config.trackers), project_dir=folder.path)
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(), log_with=list(config.trackers), project_dir=folder.path
+    )
     if accelerator.num_processes > 1:
         raise ValueError(f"training runs in one process in this version, got {accelerator.num_processes}")
     if config.trackers:
@@ -164,7 +177,7 @@ def load_trainer(config: Config, folder: RunFolder, *, resume: bool) -> tuple[Tr
         return Trainer(config, load_policy(Path(config.model)), frozen, accelerator), 0
     checkpoint = folder.latest_checkpoint()
     trainer = Trainer(config, load_policy(checkpoint), frozen, accelerator)
-    trainer.load_optimizer(checkpoint / "optimizer.pt")
+    trainer.load_optimizer(checkpoint)
     first = step_of_checkpoint(checkpoint)
     folder.rewind(first)
     return trainer, first
@@ -175,10 +188,9 @@ def save(folder: RunFolder, trainer: Trainer, step: int) -> None:
     tokenizer = Path(trainer.config.model)
 
     def write(path: Path) -> None:
-        trainer.policy.save(path)
+        trainer.save(path)
         for file in tokenizer.glob("tokenizer*"):
             shutil.copy(file, path)
-        trainer.save_optimizer(path / "optimizer.pt")
 
     try:
         folder.save_checkpoint(step, write)

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,9 +13,15 @@ from torch import Tensor
 
 from trimtab.grpo.batch import Packed, Trajectory, minibatches, pack
 from trimtab.grpo.config import Config
-from trimtab.grpo.estimators import GrpoLoss, grpo_loss, k3, mismatch_kl, unbiased_kl
+from trimtab.grpo.estimators import GrpoLoss, KlEstimator, grpo_loss, k3, mismatch_kl, unbiased_kl
 from trimtab.grpo.policy import Policy
 from trimtab.kernels import reference
+
+OPTIMIZER_FILE = "optimizer.pt"
+KL_ESTIMATORS: dict[str, KlEstimator] = {
+    "unbiased": unbiased_kl,
+    "k3": lambda logp_S, old_logp_S, ref_logp_S: k3(logp_S, ref_logp_S),
+}
 
 
 @dataclass(slots=True)
@@ -25,12 +32,15 @@ class Sums:
     trajectories: int = 0
     drift: list[float] = field(default_factory=list)
 
-    def add(self, loss: GrpoLoss, packed: Packed) -> None:
-        self.trajectories += len(packed.names)
+    def add(self, name: str, total: float) -> None:
+        self.totals[name] = self.totals.get(name, 0.0) + total
+
+    def add_loss(self, loss: GrpoLoss) -> None:
+        self.trajectories += len(loss.keep_B)
         self.drift += loss.drift_B.tolist()
-        parts = {"kl": loss.kl_B, "clip_share": loss.clip_share_B, "masked": 1.0 - loss.keep_B.float()}
-        for name, value_B in parts.items():
-            self.totals[name] = self.totals.get(name, 0.0) + float(value_B.sum())
+        self.add("kl", float(loss.kl_B.sum()))
+        self.add("clip_share", float(loss.clip_share_B.sum()))
+        self.add("masked", float((~loss.keep_B).sum()))
 
 
 class Trainer:
@@ -55,13 +65,16 @@ class Trainer:
         sums = Sums()
         metrics: dict[str, Any] = {}
         mismatch: list[Tensor] = []
+        log_ratio_max = 0.0
         norms: list[float] = []
         for i, minibatch in enumerate(minibatches(batch, self.config.minibatches, seed=self.config.seed + step)):
             self.optimizer.zero_grad()
             for packed in pack(minibatch, self.config.tokens_per_microbatch):
                 logp_S = self._backward(packed, len(minibatch), sums)
                 if i == 0:
-                    mismatch.append(mismatch_kl(logp_S, packed.old_logp_S.to(logp_S.device)))
+                    old_logp_S = packed.old_logp_S.to(logp_S.device)
+                    mismatch.append(mismatch_kl(logp_S, old_logp_S))
+                    log_ratio_max = max(log_ratio_max, float((logp_S - old_logp_S).abs().max()))
             norms.append(float(self.accelerator.clip_grad_norm_(self.policy.parameters(), self.config.max_grad_norm)))
             if not math.isfinite(norms[-1]):
                 raise RuntimeError(f"the gradient's norm is {norms[-1]} at step {step}; the last checkpoint is whole")
@@ -70,7 +83,7 @@ class Trainer:
         metrics |= {name: total / sums.trajectories for name, total in sums.totals.items()}
         metrics |= {f"drift_p{q}": float(drift.quantile(q / 100)) for q in (50, 90, 99)}
         metrics["mismatch_kl"] = float(torch.cat(mismatch).mean())
-        metrics["mismatch_log_ratio_max"] = float(torch.cat(mismatch).max().mul(2).sqrt())
+        metrics["mismatch_log_ratio_max"] = log_ratio_max
         metrics["grad_norm"] = sum(norms) / len(norms)
         metrics["seconds_train"] = time.perf_counter() - started
         metrics["train_tokens_per_s"] = sum(t.num_tokens for t in batch) / metrics["seconds_train"]
@@ -78,11 +91,15 @@ class Trainer:
 
     def _backward(self, packed: Packed, num_trajectories: int, sums: Sums) -> Tensor:
         packed = packed.to(self.accelerator.device)
-        logp_S, indexer_kl = self._logp(self.policy, packed, replay=True)
+        routes_NLK = packed.routes_NLK if self.config.keep_routing else None
+        learn_indexer = self.policy.sparse and self.config.indexer_kl > 0
+        out = self.policy(packed.ids_N, packed.cu_seqlens, routes_NLK=routes_NLK, with_indexer_kl=learn_indexer)
+        logp_S = self._logp(self.policy, out.hidden_ND, packed)
         ref_logp_S = None
-        if self.reference is not None:
+        if self.reference is not None:  # its own routing: it is a policy of its own, not a replay of this one
             with torch.no_grad():
-                ref_logp_S, _ = self._logp(self.reference, packed, replay=False)
+                hidden_ND = self.reference(packed.ids_N, packed.cu_seqlens).hidden_ND
+                ref_logp_S = self._logp(self.reference, hidden_ND, packed)
         loss = grpo_loss(
             logp_S,
             packed.old_logp_S,
@@ -95,8 +112,35 @@ class Trainer:
             clip_high_B=packed.clip_high_B,
             beta_B=packed.beta_B,
             delta_B=packed.delta_B,
+            kl=KL_ESTIMATORS[self.config.kl],
         )
-        share = len(packed.names) / num_trajectories
-        self.accelerator.backward(loss.loss + self.config.indexer_kl * share * indexer_kl)
-        sums.add(loss, packed)
+        total = loss.loss
+        if out.indexer_kl_N is not None:
+            indexer_kl = out.indexer_kl_N.mean() * len(packed.names)
+            total = total + self.config.indexer_kl * indexer_kl / num_trajectories
+            sums.add("indexer_kl", float(indexer_kl))
+        self.accelerator.backward(total)
+        sums.add_loss(loss)
         return logp_S.detach()
+
+    def _logp(self, policy: Policy, hidden_ND: Tensor, packed: Packed) -> Tensor:
+        hidden_SD = hidden_ND.index_select(0, packed.predict_S)
+        temperature = self.config.sampling.temperature
+        if not self.config.keep_sampling_mask:
+            return reference.full_logp(hidden_SD, policy.head_weight, packed.token_S, temperature)
+        return reference.kept_logp(
+            hidden_SD, policy.head_weight, packed.token_S, packed.kept_id_E, packed.kept_offset_S, temperature
+        )
+
+    def weights(self) -> dict[str, Tensor]:
+        """The policy's weights under transformers' names."""
+        return self.accelerator.unwrap_model(self.policy).weights()
+
+    def save(self, path: Path) -> None:
+        """Write a transformers checkpoint and the optimiser's state."""
+        self.accelerator.unwrap_model(self.policy).save(path)
+        torch.save(self.optimizer.state_dict(), path / OPTIMIZER_FILE)
+
+    def load_optimizer(self, path: Path) -> None:
+        """Read the optimiser's state of a checkpoint that `save` wrote."""
+        self.optimizer.load_state_dict(torch.load(path / OPTIMIZER_FILE, weights_only=True))

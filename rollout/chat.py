@@ -53,6 +53,9 @@ MARKUP = (
 )
 """Runs of fixed text between variable parts. A tokenizer may hold each as one token; none has to."""
 
+_RESERVED = (*SPECIAL_TOKENS, RAW, JSON, "<result>", "</result>", "<function_results>", "</function_results>", "\ufffd")
+"""In what a policy says, none of these can be content. The last stands for bytes that are not UTF-8."""
+
 _INVOKE = re.compile(
     re.escape(INVOKE_OPEN) + r'(?P<name>[^"\n]+)">\n(?P<parameters>.*?)' + re.escape(INVOKE_CLOSE), re.DOTALL
 )
@@ -158,8 +161,7 @@ class Chat:
         reasoning, answer = self.decode(head[:-1]), self.decode(rest[:-1])
         content, _, calls = answer.partition(CALLS_OPEN)
         for text in (reasoning, content):
-            if "�" in text or any(token in text for token in SPECIAL_TOKENS):
-                raise ValueError(f"misplaced markup or broken characters in {text[:80]!r}")
+            _refuse_reserved(text)
         tool_calls = parse_calls(calls) if CALLS_OPEN in answer else ()
         return Message("assistant", content=content, reasoning=reasoning, tool_calls=tool_calls)
 
@@ -198,8 +200,14 @@ def parse_calls(text: str) -> tuple[ToolCall, ...]:
     return tuple(calls)
 
 
+def _refuse_reserved(text: str) -> None:
+    if any(reserved in text for reserved in _RESERVED):
+        raise ValueError(f"misplaced markup or broken characters in {text[:80]!r}")
+
+
 def _parse_call(match: re.Match[str]) -> ToolCall:
     arguments: dict[str, Any] = {}
+    _refuse_reserved(match["name"])
     text = match["parameters"]
     found = list(_PARAMETER.finditer(text))
     if "\n".join(parameter[0] for parameter in found) != text:
@@ -207,8 +215,7 @@ def _parse_call(match: re.Match[str]) -> ToolCall:
     for parameter in found:
         if parameter["name"] in arguments:
             raise ValueError(f"{match['name']!r} has the parameter {parameter['name']!r} twice")
-        if DSML in parameter["value"] or "�" in parameter["value"]:
-            raise ValueError(f"misplaced markup or broken characters in {parameter['value'][:80]!r}")
+        _refuse_reserved(parameter["name"] + parameter["value"])
         raw = parameter["raw"] == "true"
         arguments[parameter["name"]] = parameter["value"] if raw else _load_json(parameter["value"])
     return ToolCall(match["name"], arguments)

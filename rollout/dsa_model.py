@@ -127,6 +127,15 @@ class DsaBackend(AttentionBackend):
         return True
 
 
+class Indexer(nn.Module):
+    """The weights that choose what attention sees; weights_proj stays in float32, as transformers keeps it."""
+
+    def __init__(self, wq_b: Tensor, wk: Tensor, weights_proj: Tensor):
+        super().__init__()
+        self.wq_b, self.wk, self.weights_proj = Weight(wq_b), Weight(wk), Weight(weights_proj)
+        self.k_norm = nn.LayerNorm(len(wk), eps=1e-6)
+
+
 class DsaAttention(nn.Module, AttentionLayerBase):
     """Multi-head latent attention in absorbed form over the keys that the indexer selects.
 
@@ -142,18 +151,17 @@ class DsaAttention(nn.Module, AttentionLayerBase):
         self.index_H, self.D, self.topk = c.index_n_heads, c.index_head_dim, c.index_topk
         self.scale = yarn_apply_mscale(c.rope_parameters, (self.nope + self.R) ** -0.5)
         self.index_scale = (self.index_H * self.D) ** -0.5
-        self.indexer = nn.Module()
         self._down_sizes = [c.q_lora_rank, self.C, self.R, self.D]
         self._down = torch.empty(sum(self._down_sizes), c.hidden_size)
         rows = self._down.split([c.q_lora_rank, self.C + self.R, self.D])
-        self.q_a_proj, self.kv_a_proj_with_mqa, self.indexer.wk = map(Weight, rows)
+        self.q_a_proj, self.kv_a_proj_with_mqa = Weight(rows[0]), Weight(rows[1])
         self._up_sizes = [self.H * (self.nope + self.R), self.index_H * self.D]
         self._up = torch.empty(sum(self._up_sizes), c.q_lora_rank)
-        self.q_b_proj, self.indexer.wq_b = map(Weight, self._up.split(self._up_sizes))
+        q_b, wq_b = self._up.split(self._up_sizes)
+        self.q_b_proj = Weight(q_b)
+        self.indexer = Indexer(wq_b, rows[2], torch.empty(self.index_H, c.hidden_size, dtype=torch.float32))
         self.kv_b_proj = Weight(torch.empty(self.H * (self.nope + self.V), self.C))
         self.o_proj = Weight(torch.empty(c.hidden_size, self.H * self.V))
-        self.indexer.weights_proj = Weight(torch.empty(self.index_H, c.hidden_size, dtype=torch.float32))
-        self.indexer.k_norm = nn.LayerNorm(self.D, eps=1e-6)
         self.q_a_layernorm, self.kv_a_layernorm = Norm(c.q_lora_rank, 1e-6), Norm(self.C, 1e-6)
         self.kv_cache = torch.empty(0)
         layers = vllm_config.compilation_config.static_forward_context
@@ -240,6 +248,22 @@ class Layer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+class Decoder(nn.Module):
+    """All but the head."""
+
+    def __init__(self, config: DeepseekV32Config, prefix: str):
+        super().__init__()
+        c = config
+        self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.layers = nn.ModuleList(Layer(c, i, f"{prefix}.layers.{i}") for i in range(c.num_hidden_layers))
+        self.norm = Norm(c.hidden_size, c.rms_norm_eps)
+
+    def forward(self, x: Tensor, turn: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x, turn)
+        return self.norm(x)
+
+
 class DsaForCausalLM(nn.Module):
     """transformers' DeepseekV32ForCausalLM for vLLM, parameter for parameter.
 
@@ -257,10 +281,7 @@ class DsaForCausalLM(nn.Module):
         if c.rope_parameters["rope_type"] not in ("default", "yarn", "linear"):
             raise ValueError(f"rope_type {c.rope_parameters['rope_type']!r} is not supported; use default or yarn")
         prefix = f"{prefix}.model" if prefix else "model"
-        self.model = nn.Module()
-        self.model.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
-        self.model.layers = nn.ModuleList(Layer(c, i, f"{prefix}.layers.{i}") for i in range(c.num_hidden_layers))
-        self.model.norm = Norm(c.hidden_size, c.rms_norm_eps)
+        self.model = Decoder(c, prefix)
         self.lm_head = Weight(torch.empty(c.vocab_size, c.hidden_size))
         if c.tie_word_embeddings:
             self.lm_head = Weight(self.model.embed_tokens.weight.data)
@@ -281,10 +302,7 @@ class DsaForCausalLM(nn.Module):
         **_: Any,
     ) -> Tensor:
         x = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
-        turn = self._turn[positions]
-        for layer in self.model.layers:
-            x = layer(x, turn)
-        return self.model.norm(x)
+        return self.model(x, self._turn[positions])
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor:
         return F.linear(hidden_states, self.lm_head.weight)

@@ -44,14 +44,13 @@ class EngineConfig:
     max_num_seqs: int = 128
     max_batched_tokens: int = 4096
     """Tokens of one step; longer prompts are computed in chunks."""
-    block_size: int = 16
     seed: int = 0
 
     def __post_init__(self) -> None:
         architecture = read_config(self.model).get("architectures", [None])[0]
         if architecture not in SUPPORTED:
             raise ValueError(f"{self.model} holds {architecture}, which is not supported; use one of {SUPPORTED}")
-        for name in ("max_model_len", "kv_cache_bytes", "max_num_seqs", "block_size"):
+        for name in ("max_model_len", "kv_cache_bytes", "max_num_seqs"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.max_batched_tokens < self.max_num_seqs:
@@ -104,7 +103,7 @@ class Engine:
         self._stop = [] if eos is None else [eos] if isinstance(eos, int) else eos
         self._moe_layers = moe_layers(policy)
         self._experts_per_token = policy.get("num_experts_per_tok", 0)
-        self._names: dict[str, Request] = {}
+        self._running: set[str] = set()
         self._count = 0
         self._llm = LLM(
             model=config.model,
@@ -113,7 +112,6 @@ class Engine:
             max_model_len=config.max_model_len,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_batched_tokens,
-            block_size=config.block_size,
             kv_cache_memory_bytes=config.kv_cache_bytes,
             seed=config.seed,
             enforce_eager=True,
@@ -123,10 +121,7 @@ class Engine:
             logprobs_mode="processed_logprobs",
             enable_return_routed_experts=bool(self._moe_layers),
             weight_transfer_config={"backend": weights.BACKEND},
-            # A model type of our own: vLLM bars those it knows as MLA from prefix caching on a CPU.
-            hf_overrides={"architectures": [plugin.ARCHITECTURE], "model_type": "trimtab_dsa"}
-            if policy["architectures"][0] == DSA
-            else {},
+            **(_dsa_options(plugin.ARCHITECTURE) if policy["architectures"][0] == DSA else {}),
             **_recording_options(),
         )
         self._llm.init_weight_transfer_engine({"init_info": {}})
@@ -134,13 +129,13 @@ class Engine:
     @property
     def busy(self) -> bool:
         """Whether a request is unfinished."""
-        return bool(self._names)
+        return bool(self._running)
 
-    def add(self, request: Request) -> None:
-        """Queue a request.
+    def add(self, request: Request) -> str:
+        """Queue a request and return the key under which step will return its completions.
 
         Raises:
-            ValueError: its prompt leaves no room for a token, or it has the wrong routes_start.
+            ValueError: its prompt leaves no room for a token, or its routes_start is wrong.
         """
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
@@ -168,18 +163,20 @@ class Engine:
             routed_experts_prompt_start=request.routes_start,
         )
         self._count += 1
-        key = str(self._count)
+        key = f"{self._count} {request.name}"
         self._llm.llm_engine.add_request(key, {"prompt_token_ids": list(request.prompt_ids)}, params)
-        self._names[key] = request
+        self._running.add(key)
+        return key
 
     def step(self) -> list[tuple[str, list[Completion]]]:
-        """Compute one token of each running sequence; return the requests that are finished with it."""
+        """Compute one token of each running sequence; return the keys of the requests that it
+        finished, with their completions."""
         finished = []
         for output in self._llm.llm_engine.step():
             if output.finished:
-                request = self._names.pop(output.request_id)
+                self._running.remove(output.request_id)
                 outputs = sorted(output.outputs, key=lambda o: o.index)
-                finished.append((request.name, [self._completion(o) for o in outputs]))
+                finished.append((output.request_id, [self._completion(o) for o in outputs]))
         return finished
 
     def load_weights(self, weights: Mapping[str, Any] | Iterable[tuple[str, Any]], version: int) -> None:
@@ -192,7 +189,7 @@ class Engine:
             ValueError: requests are unfinished, or a name or shape does not fit.
         """
         if self.busy:
-            raise ValueError(f"{len(self._names)} requests are unfinished; load weights between requests")
+            raise ValueError(f"{len(self._running)} requests are unfinished; load weights between requests")
         pairs = weights.items() if isinstance(weights, Mapping) else weights
         tensors = [(name, torch.as_tensor(weight)) for name, weight in pairs]
         self._llm.start_weight_update()
@@ -223,6 +220,12 @@ class Engine:
             weight_version=self.version,
             finish="stop" if output.finish_reason == "stop" else "length",
         )
+
+
+def _dsa_options(architecture: str) -> dict[str, Any]:
+    """How vLLM runs our model. A model type of our own, since it bars those it knows as MLA from prefix caching on
+    a CPU; small blocks, since only whole ones are shared between requests."""
+    return {"hf_overrides": {"architectures": [architecture], "model_type": "trimtab_dsa"}, "block_size": 16}
 
 
 def _recording_options() -> dict[str, Any]:

@@ -54,18 +54,22 @@ class Rewindable(torch.Generator):
     def get_offset(self) -> int:
         return 0
 
-    def set_offset(self, offset: int) -> None:
+    def set_offset(self, offset: int) -> torch.Generator:
         self.source.set_state(self.before)
+        return self
 
 
 def rewindable(generators: dict[int, torch.Generator]) -> dict[int, torch.Generator]:
     """Replace the generators of a batch, in place, by rewindable ones; return those to draw from."""
+    sources = {}
     for row, generator in generators.items():
         if not isinstance(generator, Rewindable):
-            generators[row] = Rewindable()
-            generators[row].source = generator
-        generators[row].before = generators[row].source.get_state()
-    return {row: generator.source for row, generator in generators.items()}
+            source, generator = generator, Rewindable()
+            generator.source = source
+            generators[row] = generator
+        generator.before = generator.source.get_state()
+        sources[row] = generator.source
+    return sources
 
 
 class RecordingSampler(Sampler):

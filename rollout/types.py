@@ -42,7 +42,7 @@ class Request:
     """One prompt to continue n times."""
 
     name: str
-    """Named in every error."""
+    """Named in every error. Requests that agree before a '#' go to one actor, whose cache holds their prefix."""
     prompt_ids: tuple[int, ...]
     sampling: Sampling
     n: int = 1
@@ -82,6 +82,38 @@ class Segment:
     routes: np.ndarray  # uint8 or uint16 [N - 1, L, K]
     weight_version: np.ndarray  # int32 [S]
 
+    def __post_init__(self) -> None:
+        N, S = len(self.token_ids), int(np.sum(self.sampled))
+        self._check(self.sampled.dtype == bool and len(self.sampled) == N, "sampled must be one bool a token")
+        self._check(S > 0, "no token was sampled")
+        self._check(not self.sampled[0], "the first token was sampled, so nothing predicts it")
+        self._check(len(self.logp) == S, f"{len(self.logp)} log-probabilities for {S} sampled tokens")
+        self._check(bool(np.isfinite(self.logp).all()), "a log-probability is not finite")
+        self._check(len(self.weight_version) == S, f"{len(self.weight_version)} versions for {S} sampled tokens")
+        self._check_kept(S)
+        self._check_routes(N)
+
+    def _check_kept(self, S: int) -> None:
+        offsets, counts = self.kept_offsets, np.diff(self.kept_offsets)
+        self._check(len(offsets) == S + 1, f"{len(offsets) - 1} kept sets for {S} sampled tokens")
+        delimits = offsets[0] == 0 and offsets[-1] == len(self.kept_ids) and bool((counts > 0).all())
+        self._check(delimits, "a kept set is empty, or the offsets do not delimit the kept ids")
+        found = np.repeat(self.token_ids[self.sampled], counts) == self.kept_ids
+        times = np.add.reduceat(found, offsets[:-1], dtype=np.int64)
+        self._check(bool((times == 1).all()), "a sampled token is not exactly once in its kept set")
+
+    def _check_routes(self, N: int) -> None:
+        routes = self.routes
+        self._check(routes.dtype in (np.uint8, np.uint16), f"routes must be uint8 or uint16, got {routes.dtype}")
+        self._check(routes.ndim == 3 and len(routes) == N - 1, f"routes of shape {routes.shape} for {N} tokens")
+        ordered = np.sort(routes, axis=-1)
+        repeats = ordered[..., 1:] == ordered[..., :-1]
+        self._check(not repeats.any(), "a route row repeats an expert: the engine never wrote it")
+
+    def _check(self, holds: bool, reason: str) -> None:
+        if not holds:
+            raise RecordingError(f"{self.name}: {reason}")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Episode:
@@ -101,8 +133,16 @@ class Episode:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
-    """The episodes of one prompt: advantages are computed within it."""
+    """The episodes of one prompt: advantages are computed within it.
+
+    Raises:
+        ValueError: fewer than two episodes, which have no advantages.
+    """
 
     name: str
     domain: str
     episodes: tuple[Episode, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.episodes) < 2:
+            raise ValueError(f"{self.name}: a group needs at least 2 episodes, got {len(self.episodes)}")

@@ -1,0 +1,98 @@
+"""The import graph of the packages, as a test."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+MAY_IMPORT = {
+    "kernels": set(),
+    "rewards": set(),
+    "environments": {"rewards"},
+    "rollout": {"environments", "kernels", "rewards"},
+    "grpo": {"environments", "kernels", "rewards", "rollout"},
+}
+DOORS = {  # the only places through which a heavy dependency enters; a folder ends in a slash
+    "ray": {"rollout/pool.py"},
+    "vllm": {f"rollout/{name}.py" for name in ("dsa_model", "engine", "plugin", "recording", "weights")},
+    "transformers": {"rollout/chat.py", "rollout/dsa_model.py"}
+    | {f"grpo/{name}.py" for name in ("cold_start", "policy", "tokenizer")},
+    "triton": {"kernels/"},
+    "torch": {"kernels/", "grpo/"}
+    | {f"rollout/{name}.py" for name in ("dsa_model", "dsa_modules", "engine", "pool", "recording", "weights")},
+}
+FILES = sorted(path.relative_to(ROOT).as_posix() for package in MAY_IMPORT for path in (ROOT / package).rglob("*.py"))
+SCRIPTS = sorted(
+    path.relative_to(ROOT).as_posix() for folder in ("tests", "benchmarks") for path in (ROOT / folder).rglob("*.py")
+)
+
+
+def imports(file: str) -> list[str]:
+    """Dotted names of everything a file imports, at its top or inside a function; "." begins a relative import."""
+    names = []
+    for node in ast.walk(ast.parse((ROOT / file).read_text())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names += [f"{'.' * node.level}{node.module or ''}.{alias.name}" for alias in node.names]
+    return names
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_package_imports_only_the_layers_below_it(file):
+    package = file.split("/")[0]
+    ours = [name.split(".")[1] for name in imports(file) if name.split(".")[0] == "trimtab"]
+    assert set(ours) <= {package} | MAY_IMPORT[package]
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_heavy_dependencies_enter_through_their_doors(file):
+    needed = {name.split(".")[0] for name in imports(file)} & DOORS.keys()
+    shut = {
+        name
+        for name in needed
+        if not any(file == door or (door[-1] == "/" and file.startswith(door)) for door in DOORS[name])
+    }
+    assert shut == set()
+
+
+@pytest.mark.parametrize("file", FILES + SCRIPTS)
+def test_our_code_is_imported_as_trimtab_and_never_by_a_bare_or_relative_name(file):
+    tops = {name.split(".")[0] for name in imports(file)}
+    assert "" not in tops, "a relative import"
+    assert tops & MAY_IMPORT.keys() == set()
+
+
+def test_every_door_that_is_a_file_exists():
+    assert {door for doors in DOORS.values() for door in doors if not (ROOT / door).exists()} == set()
+
+
+BLOCKED = """
+import sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {blocked}:
+            raise ImportError(f"{{name}} is blocked")
+
+sys.meta_path.insert(0, Blocker())
+import {module}
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "blocked"),
+    [
+        ("trimtab.grpo.estimators", {"transformers", "ray", "vllm", "triton", "accelerate"}),
+        ("trimtab.kernels.reference", {"transformers", "ray", "vllm", "accelerate"}),
+        ("trimtab.grpo.batch", {"transformers", "ray", "vllm", "accelerate"}),
+        ("trimtab.rollout.types", {"transformers", "ray", "vllm", "torch"}),
+        ("trimtab.environments.base", {"transformers", "ray", "vllm", "torch"}),
+    ],
+)
+def test_the_light_modules_import_without_the_heavy_dependencies(module, blocked):
+    code = BLOCKED.format(module=module, blocked=sorted(blocked))
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
