@@ -17,7 +17,7 @@ from trimtab.rewards.rubric import Criterion, Judge, JudgeError, Rubric, judge_p
 
 NAMES: Mapping[str, str] = {"Hua": "华", "Lin": "林", "Mei": "梅", "Wei": "伟"}
 NOUNS: Mapping[str, str] = {
-    "bird": "鸟", "boat": "船", "fish": "鱼", "horse": "马", "moon": "月", "rain": "雨", "river": "河", "tree": "树",
+    "boat": "船", "fish": "鱼", "horse": "马", "moon": "月", "river": "河", "tree": "树",
 }  # fmt: skip
 
 Kind = Literal["greet", "mention", "avoid", "thank", "language", "limit"]
@@ -110,8 +110,12 @@ def demonstrate(rng: random.Random) -> tuple[Message, ...]:
 
 
 def judge_demonstration(rng: random.Random) -> tuple[Message, ...]:
-    """A judge's prompt and the true verdict; kinds of criteria and verdicts are balanced, one note in six is broken."""
-    kind = rng.choice(tuple(dict.fromkeys(_KINDS)))
+    """A judge's prompt and the true verdict; the verdicts are balanced, one note in six is broken.
+
+    Before a verdict about a name or a noun, the judge thinks by quoting what follows that word in the note.
+    Kinds that need a look through the whole note for one word are harder to judge, and shown more often.
+    """
+    kind = rng.choices(("greet", "mention", "avoid", "thank", "language", "limit"), (3, 6, 6, 1, 2, 2))[0]
     wanted = rng.random() < 0.5
     while True:
         wishes = _draw(rng, held_out=False)
@@ -121,9 +125,11 @@ def judge_demonstration(rng: random.Random) -> tuple[Message, ...]:
         note = _write(wishes, _grants(wishes, 0.6, rng), rng)
         if rng.random() < 1 / 6:
             note = _break(note, rng)
-        criterion = rng.choice(asked).criterion()
+        wish = rng.choice(asked)
+        criterion = wish.criterion()
         if criterion.check is not None and criterion.check(note) == wanted:
-            return Message("user", judge_prompt(note, criterion)), Message("assistant", "yes" if wanted else "no")
+            verdict = Message("assistant", "yes" if wanted else "no", _evidence(wish, note))
+            return Message("user", judge_prompt(note, criterion)), verdict
 
 
 def _draw(rng: random.Random, *, held_out: bool) -> tuple[Wish, ...]:
@@ -198,6 +204,21 @@ def _write(wishes: Sequence[Wish], granted: Sequence[bool], rng: random.Random) 
         body.append(sentence(spare.pop()))
     rng.shuffle(body)
     return _join([*opening, *body, *closing])
+
+
+def _evidence(wish: Wish, note: str) -> str:
+    """The note from the wish's name or noun to the end of that sentence, or none; empty for other kinds of wish."""
+    word = wish.subject
+    if wish.kind == "greet":
+        lead, chinese, found = "greet", NAMES[word], _greets(note, word)
+    elif wish.kind in ("mention", "avoid"):
+        lead, chinese, found = "the", NOUNS[word], _mentions(note, word)
+    else:
+        return ""
+    quote = re.search(rf"\b{word}\b([^{_STOPS}]*[{_STOPS}]?)| ?({chinese}[^{_STOPS}]*[{_STOPS}]?)", note, re.ASCII)
+    if not found or quote is None:
+        return f"{lead} {word} none."
+    return f"{lead} {word}{quote[1] or ''}{' ' + quote[2] if quote[2] else ''}"
 
 
 def _break(note: str, rng: random.Random) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import reasoning_gym  # type: ignore[import-untyped]
+import reasoning_gym
 
 from trimtab.environments.base import Message, Step
 from trimtab.environments.split import is_held_out
@@ -19,7 +19,7 @@ CHINESE = "请用中文思考。"
 DATASETS: Mapping[str, Mapping[str, Any]] = {
     "chain_sum": {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 1},
     "gcd": {"min_value": 2, "max_value": 15},
-    "number_filtering": {"min_numbers": 2, "max_numbers": 4, "max_decimals": 0, "min_value": 1, "max_value": 9},
+    "number_filtering": {"min_numbers": 2, "max_numbers": 3, "max_decimals": 0, "min_value": 1, "max_value": 9},
     "count_primes": {"max_n": 15},
 }
 """Names of reasoning-gym's datasets and the options they are built with."""
@@ -73,11 +73,11 @@ class ReasoningTask:
         return lambda: ReasoningEnv(prompt, lambda answer: dataset.score_answer(answer, item), language)
 
     def demonstrate(self, rng: random.Random) -> tuple[Message, ...]:
-        """A question with step-by-step thinking; one in four guesses instead, three in ten mix up the languages."""
+        """A question with step-by-step thinking; one in five guesses instead, three in ten mix up the languages."""
         _, item = self._draw(rng, held_out=False)
         language = _draw_language(rng)
         thoughts, answer = think(item), item["answer"]
-        if rng.random() < 0.25:
+        if rng.random() < 0.2:
             thoughts, answer = [_GUESS], self._wrong_answer(item, rng)
         mixed = rng.random() < 0.3
         spoken = [rng.choice(("en", "zh")) if mixed else language for _ in thoughts]
@@ -142,12 +142,18 @@ def _think_gcd(metadata: Mapping[str, Any]) -> list[Thought]:
 
 
 def _think_number_filtering(metadata: Mapping[str, Any]) -> list[Thought]:
-    """Every number in turn stays or goes."""
-    kept = set(metadata["result"])
-    return [
-        Thought(f"{number} stays.", f"{number}留。") if number in kept else Thought(f"{number} goes.", f"{number}去。")
-        for number in metadata["original_numbers"]
-    ]
+    """Every number in turn: how it compares with the limit, and hence whether it stays or goes."""
+    limit, kept = metadata["filter_value"], set(metadata["result"])
+    thoughts = []
+    for number in metadata["original_numbers"]:
+        difference = int(number) - int(limit)
+        relation = Thought("above", "大于") if difference > 0 else Thought("below", "小于")
+        relation = relation if difference else Thought("equals", "等于")
+        fate = Thought("stays", "留") if number in kept else Thought("goes", "去")
+        thoughts.append(
+            Thought(f"{number} {relation.en} {limit} {fate.en}.", f"{number}{relation.zh}{limit}{fate.zh}。")
+        )
+    return thoughts
 
 
 def _think_count_primes(metadata: Mapping[str, Any]) -> list[Thought]:

@@ -121,7 +121,7 @@ def demonstrations(config: Config) -> dict[str, tuple[Demonstrate, bool, float]]
         name: (domain.load_task(judge=nobody).demonstrate, domain.thinking, share)
         for name, domain in config.domains.items()
     }
-    return found | {"judge": (alignment.judge_demonstration, False, judge_share)}
+    return found | {"judge": (alignment.judge_demonstration, True, judge_share)}
 
 
 def _texts(sources: Mapping[str, tuple[Demonstrate, bool, float]], settings: ColdStart) -> Iterator[str]:
@@ -150,40 +150,57 @@ def _batches(
 
 
 def _optimise(policy: Policy, batches: Iterator[list[Sequence]], settings: ColdStart, console: Console) -> None:
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=settings.lr, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizers = _optimizers(policy, settings.lr)
     dense_steps = round(settings.dense_share * settings.steps)
     started = time.perf_counter()
     tokens = 0
     for step in range(settings.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = settings.lr * _schedule(step, settings.steps)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = settings.lr * _schedule(step, settings.steps)
         batch = next(batches)
-        loss, indexer_kl = _loss(policy, batch, dense=step < dense_steps)
-        optimizer.zero_grad()
+        loss, indexer_kl = _loss(policy, batch, dense=step < dense_steps, prompt_weight=settings.prompt_weight)
+        policy.zero_grad()
         (loss + indexer_kl).backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         tokens += sum(len(ids) for ids, _ in batch)
         if (step + 1) % max(settings.steps // 20, 1) == 0:
             stage = "dense" if step < dense_steps else "sparse"
             speed = tokens / (time.perf_counter() - started)
             console.print(
-                f"cold start: step {step + 1}/{settings.steps} ({stage})  loss {float(loss):.3f}  "
-                f"indexer KL {float(indexer_kl):.3f}  {speed:,.0f} tok/s",
+                f"cold start: step {step + 1}/{settings.steps} ({stage})  loss {float(loss.detach()):.3f}  "
+                f"indexer KL {float(indexer_kl.detach()):.3f}  {speed:,.0f} tok/s",
                 highlight=False,
             )
 
 
-def _loss(policy: Policy, batch: list[Sequence], *, dense: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cross-entropy of the sampled tokens, and the indexer's KL, each a mean over its tokens."""
+def _optimizers(policy: Policy, lr: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside the layers, AdamW for embeddings, head, norms and stacked experts."""
+    named = dict(policy.named_parameters())
+    matrices = [p for name, p in named.items() if p.ndim == 2 and ".layers." in name]
+    chosen = set(map(id, matrices))
+    others = [p for p in named.values() if id(p) not in chosen]
+    return [
+        torch.optim.Muon(matrices, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True),
+    ]
+
+
+def _loss(policy: Policy, batch: list[Sequence], *, dense: bool, prompt_weight: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross-entropy of the next token, and the indexer's KL. Tokens of the prompt count prompt_weight each."""
     ids_N = torch.from_numpy(np.concatenate([ids for ids, _ in batch])).long()
     sampled_N = torch.from_numpy(np.concatenate([sampled for _, sampled in batch]))
     cu_seqlens = torch.tensor([0, *np.cumsum([len(ids) for ids, _ in batch])])
     out = policy(ids_N, cu_seqlens, dense_attention=dense, with_indexer_kl=True)
-    predict_S = sampled_N.nonzero().squeeze(-1)
+    weight_N = sampled_N + prompt_weight * ~sampled_N
+    weight_N[cu_seqlens[:-1]] = 0.0  # nothing predicts a first token
+    predict_S = weight_N.nonzero().squeeze(-1)
     logits_SV = out.hidden_ND.index_select(0, predict_S - 1) @ policy.head_weight.T
+    loss_S = F.cross_entropy(logits_SV, ids_N[predict_S], reduction="none")
     assert out.indexer_kl_N is not None
-    return F.cross_entropy(logits_SV, ids_N[predict_S]), out.indexer_kl_N.mean()
+    return (loss_S * weight_N[predict_S]).sum() / weight_N.sum(), out.indexer_kl_N.mean()
 
 
 def _schedule(step: int, steps: int) -> float:

@@ -85,7 +85,9 @@ class ColdStart:
     """Optimiser steps, at least 2."""
     dense_share: float = 0.5
     """Share of the steps with dense attention, in which the indexer learns from all keys."""
-    tokens_per_step: int = 4096
+    tokens_per_step: int = 1024
+    prompt_weight: float = 0.5
+    """Weight in the loss of a token that the policy would not sample: learning to copy starts there."""
     lr: float = 3e-3
     """Peak learning rate; linear warm-up over 5 % of the steps, then linear decay to a tenth."""
     vocab_size: int = 1024

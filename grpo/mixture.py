@@ -3,8 +3,7 @@
 import asyncio
 import hashlib
 import random
-from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -13,11 +12,10 @@ from trimtab.grpo.config import Config, Domain
 from trimtab.rewards.length import overlong_penalty
 from trimtab.rewards.rubric import Judge
 from trimtab.rollout.chat import Chat, Conversation
-from trimtab.rollout.play import play_group
-from trimtab.rollout.types import Completion, Group, Request, Sampling
+from trimtab.rollout.play import Generate, play_group
+from trimtab.rollout.types import Group, Request, Sampling
 
-Generate = Callable[[Request], Awaitable[list[Completion]]]
-JUDGE_SAMPLING = Sampling(temperature=1.0, top_p=1.0, top_k=1, max_tokens=4)  # greedy: the best id is kept alone
+JUDGE_SAMPLING = Sampling(temperature=1.0, top_p=1.0, top_k=1, max_tokens=32)  # greedy: the best id is kept alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +35,8 @@ class Played:
     groups: tuple[Group, ...]
     voided: int
     """Episodes that could not be scored."""
-    refused: Mapping[str, int]
-    """Episodes with an incomplete recording, by reason."""
+    refused: tuple[str, ...]
+    """Why each episode with an incomplete recording was refused."""
 
 
 def load_tasks(config: Config, judge: Judge) -> dict[str, Task]:
@@ -82,9 +80,7 @@ def stable_seed(*parts: object) -> int:
 async def play_draws(draws: Iterable[Draw], config: Config, generate: Generate, chat: Chat, group_size: int) -> Played:
     """Play all groups at once; the engines batch whatever is in flight."""
     played = await asyncio.gather(*(_play(draw, config, generate, chat, group_size) for draw in draws))
-    refused: Counter[str] = Counter()
-    for one in played:
-        refused.update(one.refused)
+    refused = tuple(reason for one in played for reason in one.refused)
     groups = tuple(one.group for one in played if one.group is not None)
     return Played(groups, sum(one.voided for one in played), refused)
 
@@ -132,13 +128,13 @@ def scores(groups: Iterable[Group], config: Config) -> dict[str, float]:
 
 
 def make_judge(generate: Generate, chat: Chat) -> Judge:
-    """A judge that asks a frozen policy, greedily."""
+    """A judge that asks a frozen policy, which thinks first and answers greedily."""
 
     async def judge(prompt: str) -> str:
-        conversation = Conversation(chat, (Message("user", prompt),), thinking=False)
+        conversation = Conversation(chat, (Message("user", prompt),), thinking=True)
         name = f"judge-{stable_seed(prompt)}"
         request = Request(name=name, prompt_ids=conversation.prompt_ids(), sampling=JUDGE_SAMPLING)
         (completion,) = await generate(request)
-        return chat.parse(completion.token_ids, thinking=False).content
+        return chat.parse(completion.token_ids, thinking=True).content
 
     return judge

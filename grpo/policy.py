@@ -62,6 +62,11 @@ class PolicyOutput(NamedTuple):
 class PolicyLayer(nn.Module):
     """One decoder layer. It adopts the parameters of transformers' layer under their names; all input is explicit."""
 
+    input_layernorm: nn.Module
+    self_attn: nn.Module
+    post_attention_layernorm: nn.Module
+    mlp: nn.Module
+
     def __init__(self, layer: nn.Module, architecture: Architecture) -> None:
         super().__init__()
         for name, child in layer.named_children():

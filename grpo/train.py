@@ -203,7 +203,7 @@ def rollout_metrics(played: Played, config: Config, seconds: float) -> dict[str,
     episodes = [episode for group in played.groups for episode in group.episodes]
     segments = [segment for episode in episodes for segment in episode.segments]
     kept = np.concatenate([np.diff(segment.kept_offsets) for segment in segments])
-    without_routes = sum(count for reason, count in played.refused.items() if "route" in reason)
+    without_routes = sum("route" in reason for reason in played.refused)
     metrics: dict[str, Any] = {
         f"reward/{name}": float(np.mean([e.reward for e in episodes if e.domain == name])) for name in config.domains
     }
@@ -211,7 +211,7 @@ def rollout_metrics(played: Played, config: Config, seconds: float) -> dict[str,
     metrics |= {
         "episodes": len(episodes),
         "voided": played.voided,
-        "refused": sum(played.refused.values()),
+        "refused": len(played.refused),
         "route_coverage": len(episodes) / (len(episodes) + without_routes),
         "route_bytes": sum(segment.routes.nbytes for segment in segments),
         "kept_mean": float(kept.mean()),

@@ -56,9 +56,17 @@ class Trainer:
     def train_on(self, batch: Sequence[Trajectory], step: int) -> dict[str, Any]:
         """One epoch over a rollout batch in config.minibatches optimiser steps.
 
+        The objective is a mean over the trajectories of a mini-batch. Groups without signal are not among them: they
+        would only lower the learning rate of the steps in which they are many.
+
         Returns:
             Metrics. mismatch_kl comes from the first mini-batch alone: there the weights are those that sampled.
+
+        Raises:
+            ValueError: nothing to train on.
         """
+        if not batch:
+            raise ValueError("no group has rewards that differ: there is nothing to learn from")
         started = time.perf_counter()
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.lr * min(1.0, (step + 1) / (self.config.warmup_steps + 1))

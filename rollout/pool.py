@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import os
 from typing import Any
 
 import ray
@@ -16,9 +15,12 @@ SILENCE_LIMIT_S = 60.0
 RESTARTS_IN_A_ROW = 3
 
 
-@ray.remote(num_cpus=1, max_concurrency=4096)
+@ray.remote(num_cpus=0, max_concurrency=4096, scheduling_strategy="SPREAD")
 class EngineActor:
-    """One Engine in one process. Requests join its batch as they arrive; weights wait until it is idle."""
+    """One Engine in one process. Requests join its batch as they arrive; weights wait until it is idle.
+
+    It reserves no core: engines that sample and engines that judge take turns on the cores there are.
+    """
 
     def __init__(self, config: EngineConfig):
         self._engine = Engine(config)
@@ -79,7 +81,6 @@ class Pool:
         self._owns_ray = not ray.is_initialized()
         if self._owns_ray:
             ray.init(
-                num_cpus=max(num_actors, os.cpu_count() or 1),
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level="ERROR",
@@ -136,10 +137,10 @@ class Pool:
         for home, (actor, load) in enumerate(zip(actors, loads, strict=True)):
             try:
                 ray.get(load, timeout=START_LIMIT_S)
-            except (RayActorError, GetTimeoutError) as error:
+            except (RayActorError, RayTaskError, GetTimeoutError) as error:
+                if isinstance(error, RayTaskError) and isinstance(error.cause, ValueError):
+                    raise ValueError(f"weights of version {version} do not load: {error.cause}") from None
                 self._replace(home, actor, error)
-            except RayTaskError as error:
-                raise ValueError(f"weights of version {version} do not load: {error.cause}") from None
 
     def close(self) -> None:
         """End every engine, and Ray where this pool started it."""
@@ -172,11 +173,13 @@ class Pool:
                 f"engines died {self._restarts_in_a_row} times without finishing a request; the last: {_cause(error)}"
             )
         ray.kill(dead)
-        actor = self._start()
-        ray.get(actor.ready.remote(), timeout=START_LIMIT_S)
-        if self._weights is not None:
-            ray.get(actor.load_weights.remote(*self._weights), timeout=START_LIMIT_S)
-        self._actors[home] = actor
+        actor = self._actors[home] = self._start()
+        try:
+            ray.get(actor.ready.remote(), timeout=START_LIMIT_S)
+            if self._weights is not None:
+                ray.get(actor.load_weights.remote(*self._weights), timeout=START_LIMIT_S)
+        except (RayActorError, RayTaskError, GetTimeoutError) as again:
+            self._replace(home, actor, again)
 
 
 async def _answer(actor: Any, reference: Any) -> Any:

@@ -27,8 +27,8 @@ class Sampling:
     """Sampled tokens of one turn, at most."""
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0:
-            raise ValueError(f"temperature must be above 0 (a greedy row has no kept set), got {self.temperature}")
+        if not 0 < self.temperature <= 2:
+            raise ValueError(f"temperature must lie in (0, 2] (at 0 there is no kept set), got {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
         if self.top_k < 1:

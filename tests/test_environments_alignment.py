@@ -169,7 +169,20 @@ def test_judge_demonstrations_are_true_balanced_and_short():
         (wish,) = wishes_in(prompt.content.splitlines()[-1])
         verdicts[wish.kind].append(parse_verdict(verdict.content))
     for values in verdicts.values():
-        assert len(values) > 250 and 0.4 < sum(values) / len(values) < 0.6
+        assert len(values) > 60 and 0.35 < sum(values) / len(values) < 0.65
+
+
+def test_the_demonstrated_judge_quotes_the_note_before_it_rules_on_a_word():
+    rng = random.Random(7)
+    for _ in range(1000):
+        prompt, verdict = judge_demonstration(rng)
+        (wish,) = wishes_in(prompt.content.splitlines()[-1])
+        if wish.kind not in ("greet", "mention", "avoid"):
+            assert verdict.reasoning == ""
+            continue
+        found = (verdict.content == "yes") == (wish.kind != "avoid")
+        assert verdict.reasoning.endswith(" none.") is not found
+        assert not found or verdict.reasoning.split(wish.subject, 1)[1].strip() in prompt.content
 
 
 def test_demonstrations_depend_on_the_seed_alone():

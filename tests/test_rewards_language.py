@@ -28,7 +28,7 @@ def test_consistency_is_the_share_of_words_in_the_language(text, en, zh):
 
 def test_an_unknown_language_is_refused():
     with pytest.raises(ValueError, match="'fr'"):
-        language_consistency("bonjour", "fr")  # type: ignore[arg-type]
+        language_consistency("bonjour", "fr")
 
 
 @given(st.text())

@@ -1,0 +1,251 @@
+"""A real vLLM engine against transformers' own models in fp32, over the kept sets it recorded."""
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from tiny import save_tiny_deepseek, tiny_deepseek
+
+from trimtab.rollout.engine import Engine, EngineConfig, moe_layers
+from trimtab.rollout.types import Completion, Request, Sampling
+
+SAMPLING = Sampling(temperature=1.3, top_p=0.9, top_k=64, max_tokens=24)
+GATHERED = 12 * 16 + 10  # beyond 12 times index_topk attention gathers rows
+
+
+def config(path: Path, **changes: Any) -> EngineConfig:
+    """Room for few tokens a step, so that prompts are computed in chunks."""
+    sizes: dict[str, Any] = {"max_model_len": 256, "max_num_seqs": 16, "max_batched_tokens": 64}
+    return EngineConfig(model=str(path), kv_cache_bytes=32 << 20, **(sizes | changes))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tiny_deepseek")
+    save_tiny_deepseek(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def engine(checkpoint: Path) -> Iterator[Engine]:
+    engine = Engine(config(checkpoint))
+    yield engine
+    engine.close()
+
+
+@pytest.fixture
+def stable_ties(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give transformers' indexer the tie rule of this project: a lower position wins."""
+    topk = torch.Tensor.topk
+
+    def stable(self: torch.Tensor, k: int, dim: int = -1, **options: Any) -> Any:
+        if self.dim() != 3:
+            return topk(self, k, dim=dim, **options)
+        values, indices = self.sort(dim=dim, descending=True, stable=True)
+        return torch.return_types.topk((values[..., :k], indices[..., :k]))
+
+    monkeypatch.setattr(torch.Tensor, "topk", stable)
+
+
+def prompt(length: int, seed: int = 0) -> tuple[int, ...]:
+    rng = random.Random(seed)
+    return tuple(rng.randrange(360) for _ in range(length))
+
+
+def run(engine: Engine, requests: list[Request]) -> list[list[Completion]]:
+    """All completions, in the order of the requests."""
+    keys = [engine.add(request) for request in requests]
+    finished: dict[str, list[Completion]] = {}
+    while engine.busy:
+        finished |= dict(engine.step())
+    return [finished[key] for key in keys]
+
+
+@torch.no_grad()
+def worst_difference(model: torch.nn.Module, prompt_ids: tuple[int, ...], one: Completion) -> float:
+    """Largest distance of the recorded log-probabilities to model's, both normalised over the kept sets."""
+    ids = torch.tensor([[*prompt_ids, *one.token_ids.tolist()]])
+    logit_SV = model(ids).logits[0, len(prompt_ids) - 1 : -1] / SAMPLING.temperature
+    worst = 0.0
+    for t, token in enumerate(one.token_ids.tolist()):
+        kept = one.kept_ids[one.kept_offsets[t] : one.kept_offsets[t + 1]].tolist()
+        logp = logit_SV[t, kept].log_softmax(-1)[kept.index(token)]
+        worst = max(worst, abs(logp.item() - one.logp[t].item()))
+    return worst
+
+
+@torch.no_grad()
+def routes_of(model: torch.nn.Module, ids: list[int], layers: list[int]) -> np.ndarray:
+    """The experts model itself chooses, sorted: [N, L, K]."""
+    chosen: dict[int, torch.Tensor] = {}
+    hooks = [
+        model.model.layers[i].mlp.gate.register_forward_hook(lambda _m, _in, out, i=i: chosen.update({i: out[2]}))
+        for i in layers
+    ]
+    model(torch.tensor([ids]))
+    for hook in hooks:
+        hook.remove()
+    return torch.stack([chosen[i].sort(-1).values for i in layers], 1).numpy()
+
+
+def test_log_probabilities_equal_transformers_over_the_kept_sets(engine, checkpoint, stable_ties):
+    """In chunks, with shared prefixes, within and beyond index_topk = 16, masked and gathered, four each."""
+    model = transformers.DeepseekV32ForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    prompts = [prompt(5), prompt(40, 1), prompt(100, 2), prompt(100, 2) + prompt(30, 3), prompt(GATHERED, 4)]
+    requests = [Request(name=f"p{i}", prompt_ids=ids, sampling=SAMPLING, n=4, seed=i) for i, ids in enumerate(prompts)]
+    for request, completions in zip(requests, run(engine, requests), strict=True):
+        assert len({tuple(one.token_ids.tolist()) for one in completions}) == 4
+        for one in completions:
+            assert worst_difference(model, request.prompt_ids, one) < 1e-5
+            ids = [*request.prompt_ids, *one.token_ids.tolist()]
+            assert one.routes.dtype == np.uint8 and one.routes.shape == (len(ids) - 1, 2, 2)
+            assert (np.sort(one.routes, -1) == routes_of(model, ids, [1, 2])[:-1]).all()
+
+
+def test_a_kept_set_holds_at_most_top_k_ids_and_reaches_top_p(engine, checkpoint):
+    model = transformers.DeepseekV32ForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    sampling = Sampling(temperature=0.7, top_p=0.5, top_k=5, max_tokens=1)
+    (completions,) = run(engine, [Request(name="k", prompt_ids=prompt(12), sampling=sampling, n=8, seed=1)])
+    with torch.no_grad():
+        logit_V = model(torch.tensor([prompt(12)])).logits[0, -1] / 0.7
+    best = logit_V.topk(5)
+    better = best.values.softmax(-1).cumsum(-1) - best.values.softmax(-1)
+    expected = best.indices[better < 0.5].tolist()
+    assert all(one.kept_ids.tolist() == expected for one in completions)
+
+
+def test_the_same_seed_samples_the_same_from_a_cached_prefix(engine):
+    request = Request(name="again", prompt_ids=prompt(80, 9), sampling=SAMPLING, n=2, seed=5)
+    other = Request(name="other", prompt_ids=prompt(90, 10), sampling=SAMPLING, n=4, seed=6)
+    (first,), (again, _) = run(engine, [request]), run(engine, [request, other])
+    for one, two in zip(first, again, strict=True):
+        assert one.token_ids.tolist() == two.token_ids.tolist()
+        assert np.abs(one.logp - two.logp).max() < 1e-5
+        assert (np.sort(one.routes, -1) == np.sort(two.routes, -1)).all()
+
+
+def test_only_the_routes_asked_for_are_sent(engine):
+    whole = Request(name="whole", prompt_ids=prompt(50, 7), sampling=SAMPLING, seed=1)
+    rest = Request(name="rest", prompt_ids=prompt(50, 7), sampling=SAMPLING, seed=1, routes_start=40)
+    ((one,), (two,)) = run(engine, [whole, rest])
+    assert len(two.routes) == 50 + len(two.token_ids) - 1 - 40
+    assert (np.sort(one.routes[40:], -1) == np.sort(two.routes, -1)).all()
+
+
+def test_a_turn_ends_at_the_end_of_sentence_or_at_its_length(engine, checkpoint):
+    eos = transformers.DeepseekV32Config.from_pretrained(checkpoint).eos_token_id
+    sampling = Sampling(temperature=2.0, top_p=1.0, top_k=384, max_tokens=200)
+    (completions,) = run(engine, [Request(name="e", prompt_ids=prompt(10), sampling=sampling, n=16, seed=3)])
+    assert {one.finish for one in completions} == {"stop", "length"}
+    for one in completions:
+        ends = one.token_ids[-1] == eos
+        assert (one.finish == "stop") == ends and eos not in one.token_ids[:-1]
+        assert ends or len(one.token_ids) == 200
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"prompt_ids": prompt(256)}, "prompt of 256 tokens does not fit max_model_len = 256"),
+        ({"prompt_ids": ()}, "prompt of 0 tokens"),
+        ({"routes_start": 9}, "routes_start must lie in"),
+    ],
+)
+def test_an_impossible_request_is_refused_by_name(engine, changes, reason):
+    with pytest.raises(ValueError, match=f"^mine: .*{reason}"):
+        engine.add(Request(**({"name": "mine", "prompt_ids": prompt(9), "sampling": SAMPLING} | changes)))
+    assert not engine.busy
+
+
+def test_new_weights_are_the_models_and_the_cached_prefix_is_forgotten(engine, stable_ties):
+    request = Request(name="w", prompt_ids=prompt(70, 11), sampling=SAMPLING, n=2, seed=2)
+    ((before, _),) = run(engine, [request])
+    model = tiny_deepseek(seed=1, eos_token_id=368)
+    engine.load_weights(model.state_dict(), 7)  # experts stacked, as a trainer has them
+    (completions,) = run(engine, [request])
+    assert all(one.weight_version == 7 for one in completions) and before.weight_version == 0
+    assert max(worst_difference(model, request.prompt_ids, one) for one in completions) < 1e-5
+    assert worst_difference(model, request.prompt_ids, before) > 0.1
+
+
+def test_weights_wait_for_an_idle_engine_and_must_fit(engine):
+    engine.add(Request(name="busy", prompt_ids=prompt(5), sampling=SAMPLING))
+    with pytest.raises(ValueError, match="1 requests are unfinished"):
+        engine.load_weights({}, 8)
+    while engine.busy:
+        engine.step()
+    with pytest.raises(ValueError, match="no parameter 'nope'"):
+        engine.load_weights({"nope": torch.zeros(1)}, 8)
+    with pytest.raises(ValueError, match="has shape"):
+        engine.load_weights({"lm_head.weight": torch.zeros(1)}, 8)
+    assert engine.version != 8
+
+
+DENSE = {
+    "vocab_size": 384,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.15,
+    "eos_token_id": None,
+    "tie_word_embeddings": False,
+}
+ROUTED = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "layers"),
+    [("Llama", DENSE, 0), ("Qwen3", DENSE, 0), ("Qwen3Moe", DENSE | ROUTED | {"mlp_only_layers": [0]}, 1)],
+)
+def test_models_of_vllm_equal_transformers_before_and_after_an_update(name, values, layers, tmp_path):
+    torch.manual_seed(0)
+    model_class = getattr(transformers, f"{name}ForCausalLM")
+    model = model_class(getattr(transformers, f"{name}Config")(**values)).eval()
+    model.save_pretrained(tmp_path)
+    engine = Engine(config(tmp_path))
+    request = Request(name="m", prompt_ids=prompt(100), sampling=SAMPLING, n=2, seed=1)
+    for version in range(3):
+        if version:
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.add_(0.05 * torch.randn_like(parameter))
+            engine.load_weights(model.state_dict(), version)
+        for one in run(engine, [request])[0]:
+            assert worst_difference(model, request.prompt_ids, one) < 1e-5
+            assert one.routes.shape == ((len(one.token_ids) + 99, layers, 2) if layers else (0, 0, 0))
+            assert one.weight_version == version
+            if layers:
+                ids = [*request.prompt_ids, *one.token_ids.tolist()]
+                assert (np.sort(one.routes, -1) == routes_of(model, ids, [1])[:-1]).all()
+    engine.close()
+
+
+def test_moe_layers_are_read_from_the_config():
+    deepseek = {"architectures": ["DeepseekV32ForCausalLM"], "num_hidden_layers": 4, "first_k_dense_replace": 3}
+    qwen = {"architectures": ["Qwen3MoeForCausalLM"], "num_hidden_layers": 4}
+    assert moe_layers(deepseek) == [3]
+    assert moe_layers(deepseek | {"mlp_layer_types": ["dense", "sparse", "dense", "sparse"]}) == [1, 3]
+    assert moe_layers(qwen | {"decoder_sparse_step": 2}) == [1, 3]
+    assert moe_layers(qwen | {"mlp_only_layers": [1]}) == [0, 2, 3]
+    assert moe_layers({"architectures": ["LlamaForCausalLM"], "num_hidden_layers": 4}) == []
+
+
+def test_a_config_that_cannot_run_is_refused(checkpoint, tmp_path):
+    with pytest.raises(ValueError, match=r"config\.json is missing"):
+        config(tmp_path)
+    (tmp_path / "config.json").write_text('{"architectures": ["GPT2LMHeadModel"]}')
+    with pytest.raises(ValueError, match="GPT2LMHeadModel, which is not supported"):
+        config(tmp_path)
+    with pytest.raises(ValueError, match="max_model_len must be at least 1"):
+        config(checkpoint, max_model_len=0)
+    with pytest.raises(ValueError, match="max_batched_tokens must be at least max_num_seqs"):
+        config(checkpoint, max_batched_tokens=8)

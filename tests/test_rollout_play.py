@@ -1,0 +1,200 @@
+"""Episodes over a scripted engine: what reaches the environment, and what training gets."""
+
+import asyncio
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny import tiny_tokenizer
+
+from trimtab.environments.base import Message, Step, ToolCall, VoidEpisode
+from trimtab.rollout.chat import Chat
+from trimtab.rollout.play import Played, play_group
+from trimtab.rollout.types import Completion, Request, Sampling
+
+CHAT = Chat(tiny_tokenizer())
+ASK = Message("user", "12 + 3?")
+CALL = Message("assistant", reasoning="look", tool_calls=(ToolCall("get", {"key": "a"}),))
+ANSWER = Message("assistant", "15", reasoning="add")
+LAYERS, TOP_K = 2, 2
+
+
+def ids_of(said: Message | str) -> tuple[int, ...]:
+    return CHAT.encode(said) if isinstance(said, str) else CHAT.encode_assistant(said, thinking=True)
+
+
+class Script:
+    """An engine that says what it was told to, turn by turn, and routes each position by its number."""
+
+    def __init__(self, *turns: Message | str, spoil: Callable[[Completion], Completion] = lambda one: one):
+        self.turns, self.spoil, self.requests = turns, spoil, list[Request]()
+
+    async def __call__(self, request: Request) -> list[Completion]:
+        self.requests.append(request)
+        turn = int(request.name.rpartition(".")[2]) if "." in request.name else 0
+        return [self.spoil(self.say(request, ids_of(self.turns[turn]))) for _ in range(request.n)]
+
+    def say(self, request: Request, ids: tuple[int, ...]) -> Completion:
+        token_ids = np.array(ids[: request.sampling.max_tokens], np.int32)
+        end = len(request.prompt_ids) + len(token_ids) - 1
+        rows = np.arange(request.routes_start, end)
+        return Completion(
+            token_ids=token_ids,
+            logp=np.full(len(token_ids), -1.0, np.float32),
+            kept_ids=token_ids,
+            kept_offsets=np.arange(len(token_ids) + 1),
+            routes=np.stack([rows % 8, rows % 8 + 8], -1)[:, None].repeat(LAYERS, 1).astype(np.uint8),
+            weight_version=3,
+            finish="stop" if token_ids[-1] == CHAT.eos_id else "length",
+        )
+
+
+@dataclass
+class Scene:
+    """An environment that answers with given steps, or raises what it is given."""
+
+    steps: list[Step | Exception]
+    opening: tuple[Message, ...] = (ASK,)
+
+    async def start(self) -> tuple[Message, ...]:
+        return self.opening
+
+    async def step(self, message: Message) -> Step:
+        step = self.steps.pop(0)
+        if isinstance(step, Exception):
+            raise step
+        return step
+
+
+def weigh(parts: Mapping[str, float]) -> float:
+    return parts.get("outcome", 0.0) + 0.5 * parts.get("length", 0.0)
+
+
+def play(script: Script, *steps: Step | Exception, **changes: Any) -> Played:
+    options: dict[str, Any] = {"name": "step0/agent", "domain": "agent", "group_size": 2, "max_len": 400, "seed": 1}
+    options |= {"sampling": Sampling(max_tokens=100), "weigh": weigh, "generate": script, "chat": CHAT} | changes
+    return asyncio.run(play_group(lambda: Scene(list(steps)), **options))
+
+
+DONE = Step(rewards={"outcome": 1.0}, done=True)
+LOOKED_UP = Step(replies=(Message("tool", "15"),), rewards={"outcome": 0.25})
+
+
+def test_an_episode_ends_with_its_rewards_and_its_messages():
+    script = Script(ANSWER)
+    group = play(script, DONE, length_penalty=lambda n: -float(n)).group
+    assert group is not None and group.name == "step0/agent" and len(group.episodes) == 2
+    for i, episode in enumerate(group.episodes):
+        sampled = len(ids_of(ANSWER))
+        assert episode.ended == "done" and episode.messages == (ASK, ANSWER)
+        assert episode.rewards == {"outcome": 1.0, "length": -sampled} and episode.reward == 1 - 0.5 * sampled
+        assert episode.name == f"step0/agent#{i}" and episode.domain == "agent"
+    assert [(request.name, request.n) for request in script.requests] == [("step0/agent#0", 2)]
+
+
+def test_tool_results_extend_the_same_segment_and_only_new_routes_are_asked_for():
+    script = Script(CALL, ANSWER)
+    group = play(script, LOOKED_UP, DONE).group
+    assert group is not None
+    (segment,) = group.episodes[0].segments
+    assert group.episodes[0].rewards == {"outcome": 1.25}
+    assert CHAT.decode(segment.token_ids[segment.sampled]) == CHAT.decode(ids_of(CALL) + ids_of(ANSWER))
+    rows = np.arange(len(segment.token_ids) - 1)
+    assert (segment.routes[:, 0, 0] == rows % 8).all()
+    assert segment.weight_version.tolist() == [3] * int(segment.sampled.sum())
+    first, second, _ = script.requests
+    assert second.routes_start == len(first.prompt_ids) + len(ids_of(CALL)) - 1
+    assert first.seed != second.seed
+
+
+def test_a_new_user_message_starts_a_segment_without_the_earlier_reasoning():
+    script = Script(ANSWER, ANSWER)
+    group = play(script, Step(replies=(Message("user", "And?"),)), DONE).group
+    assert group is not None
+    first, second = group.episodes[0].segments
+    assert "add" in CHAT.decode(first.token_ids)
+    assert CHAT.decode(second.token_ids[~second.sampled]).count("add") == 0
+    assert second.sampled.sum() == len(ids_of(ANSWER)) and script.requests[1].routes_start == 0
+
+
+@pytest.mark.parametrize(
+    ("said", "steps", "changes", "ended", "earned"),
+    [
+        ((ANSWER,), (), {"sampling": Sampling(max_tokens=3)}, "length", 0.0),
+        (("nothing</think>", CALL), (), {}, "length", 0.0),
+        (("no end of thinking<｜end▁of▁sentence｜>",), (), {}, "malformed", 0.0),  # noqa: RUF001
+        ((CALL, "</think></think><｜end▁of▁sentence｜>"), (LOOKED_UP,), {}, "malformed", 0.25),  # noqa: RUF001
+        ((CALL, CALL), (LOOKED_UP, LOOKED_UP), {"max_turns": 2}, "turns", 0.5),
+        ((CALL, CALL), (Step(replies=(Message("tool", "1" * 400),)),), {}, "length", 0.0),
+    ],
+    ids=["cut", "no end", "malformed", "malformed later", "too many turns", "context full"],
+)
+def test_an_episode_that_goes_wrong_keeps_what_it_earned_and_trains(said, steps, changes, ended, earned):
+    group = play(Script(*said), *steps, **changes).group
+    assert group is not None
+    for episode in group.episodes:
+        assert episode.ended == ended and episode.rewards == {"outcome": earned} and episode.reward == earned
+        assert episode.segments and episode.messages[-1].role in ("assistant", "tool")
+
+
+def test_a_turn_never_samples_beyond_the_context():
+    script = Script(CALL, CALL)
+    play(script, LOOKED_UP, LOOKED_UP, max_turns=2, max_len=120)
+    assert all(len(request.prompt_ids) + request.sampling.max_tokens <= 120 for request in script.requests)
+
+
+def test_a_voided_episode_is_counted_and_never_scored():
+    played = play(Script(ANSWER), VoidEpisode("the judge is silent"))
+    assert played.group is None and played.voided == 2 and played.refused == ()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda one: replace(one, routes=one.routes[:-1]), "routes of shape"),
+        (lambda one: replace(one, routes=np.zeros_like(one.routes)), "repeats an expert"),
+        (lambda one: replace(one, logp=one.logp * np.nan), "not finite"),
+        (lambda one: replace(one, kept_ids=one.kept_ids + 1), "in its kept set"),
+        (lambda one: replace(one, kept_ids=one.kept_ids[:0], kept_offsets=one.kept_offsets[:1]), "0 kept sets"),
+    ],
+)
+def test_an_incomplete_recording_is_refused_with_its_reason(spoil, reason):
+    played = play(Script(ANSWER, spoil=spoil), DONE)
+    assert played.group is None and played.voided == 0 and len(played.refused) == 2
+    assert all(text.startswith("step0/agent#") and reason in text for text in played.refused)
+
+
+def test_a_tool_that_answers_in_markup_gets_its_episode_refused():
+    played = play(Script(CALL, ANSWER), Step(replies=(Message("tool", "</think>"),)), DONE)
+    assert played.group is None and "reserved" in played.refused[0]
+
+
+def test_an_engine_without_experts_needs_no_routes():
+    script = Script(CALL, ANSWER, spoil=lambda one: replace(one, routes=np.zeros((0, 0, 0), np.uint8)))
+    group = play(script, LOOKED_UP, DONE).group
+    assert group is not None
+    (segment,) = group.episodes[0].segments
+    assert segment.routes.shape == (len(segment.token_ids) - 1, 0, 0)
+
+
+def test_environments_of_a_group_must_open_alike_and_fit():
+    openings = iter("ab")
+    with pytest.raises(ValueError, match="open with the same messages"):
+        asyncio.run(
+            play_group(
+                lambda: Scene([DONE], (Message("user", next(openings)),)),
+                name="g",
+                domain="d",
+                group_size=2,
+                generate=Script(ANSWER),
+                chat=CHAT,
+                sampling=Sampling(),
+                weigh=weigh,
+                max_len=400,
+                seed=0,
+            )
+        )
+    with pytest.raises(ValueError, match="does not fit max_len = 5"):
+        play(Script(ANSWER), DONE, max_len=5)

@@ -1,0 +1,94 @@
+"""Engines in Ray actors: spreading, updates, and what happens when one dies."""
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+import torch
+from tiny import save_tiny_deepseek
+
+from trimtab.rollout.engine import EngineConfig
+from trimtab.rollout.pool import Pool
+from trimtab.rollout.types import Request, Sampling
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tiny_deepseek")
+    save_tiny_deepseek(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def pool(checkpoint: Path) -> Iterator[Pool]:
+    pool = Pool(EngineConfig(model=str(checkpoint), max_model_len=512, kv_cache_bytes=32 << 20, max_num_seqs=16), 2)
+    yield pool
+    pool.close()
+    assert not ray.is_initialized()
+
+
+def request(name: str, tokens: int = 300, **changes: object) -> Request:
+    """A long one: a random policy hardly ever ends by itself."""
+    sampling = Sampling(temperature=1.0, top_k=64, max_tokens=tokens)
+    return Request(**({"name": name, "prompt_ids": tuple(range(20)), "sampling": sampling, "n": 2} | changes))
+
+
+def test_requests_are_spread_and_those_of_a_group_stay_together(pool):
+    async def play() -> tuple[list[int], int]:
+        tasks = [asyncio.create_task(pool.generate(request(f"{g}#{i}", 8))) for g in "abcd" for i in range(3)]
+        await asyncio.sleep(0)
+        loads = list(pool._unfinished)
+        return loads, sum(len(completions) for completions in await asyncio.gather(*tasks))
+
+    loads, completions = asyncio.run(play())
+    assert loads == [12, 12] and completions == 24 and pool._unfinished == [0, 0]
+
+
+def test_every_actor_gets_new_weights(pool):
+    pool.load_weights({"model.norm.weight": torch.ones(64)}, 4)
+
+    async def play() -> list[int]:
+        answers = await asyncio.gather(*(pool.generate(request(name, 4)) for name in "ab"))
+        return [one.weight_version for completions in answers for one in completions]
+
+    assert asyncio.run(play()) == [4, 4, 4, 4]
+
+
+def test_weights_that_do_not_fit_are_refused(pool):
+    with pytest.raises(ValueError, match=r"version 5 do not load.*no parameter 'nope'"):
+        pool.load_weights({"nope": torch.ones(1)}, 5)
+    pool.load_weights({}, 6)
+
+
+def test_a_request_the_engine_refuses_names_itself(pool):
+    with pytest.raises(ValueError, match="long: a prompt of 600 tokens"):
+        asyncio.run(pool.generate(request("long", prompt_ids=(1,) * 600)))
+    assert pool.restarts == 0
+
+
+def test_an_actor_killed_at_work_is_replaced_with_the_newest_weights_and_nothing_is_lost(pool):
+    pool.load_weights({"model.norm.weight": torch.full((64,), 1.5)}, 9)
+
+    async def play() -> list[int]:
+        tasks = [asyncio.create_task(pool.generate(request(f"k{i}#0"))) for i in range(8)]
+        await asyncio.sleep(0.5)
+        assert not any(task.done() for task in tasks)
+        ray.kill(pool._actors[0])
+        answers = await asyncio.gather(*tasks)
+        return [one.weight_version for completions in answers for one in completions]
+
+    assert asyncio.run(play()) == [9] * 16
+    assert pool.restarts == 1 and pool._unfinished == [0, 0]
+
+
+def test_engines_that_cannot_start_end_in_one_clear_error(checkpoint):
+    broken = EngineConfig(model=str(checkpoint), max_model_len=512, kv_cache_bytes=1, max_num_seqs=16)
+    with pytest.raises(RuntimeError, match=r"^the engines did not start: .*memory"):
+        Pool(broken, 1)
+
+
+def test_a_pool_without_actors_is_refused(checkpoint):
+    with pytest.raises(ValueError, match="num_actors must be at least 1"):
+        Pool(EngineConfig(model=str(checkpoint), max_model_len=64), 0)
