@@ -17,7 +17,7 @@ from trimtab.rewards.language import Language, language_consistency
 CHINESE = "请用中文思考。"
 
 DATASETS: Mapping[str, Mapping[str, Any]] = {
-    "chain_sum": {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 1},
+    "rotate_matrix": {"min_n": 2, "max_n": 2, "min_rotations": 1, "max_rotations": 2},
     "gcd": {"min_value": 2, "max_value": 15},
     "number_filtering": {"min_numbers": 2, "max_numbers": 3, "max_decimals": 0, "min_value": 1, "max_value": 9},
     "count_primes": {"max_n": 15},
@@ -114,19 +114,13 @@ def _prompt(question: str, language: Language) -> str:
     return f"{question}\n{CHINESE}" if language == "zh" else question
 
 
-def _think_chain_sum(metadata: Mapping[str, Any]) -> list[Thought]:
-    """47 + 25: tens first, then ones, so that each step changes little."""
-    first, *rest = metadata["expression"].split(" ")
-    total, thoughts = int(first), []
-    for sign, term in zip(rest[::2], rest[1::2], strict=True):
-        word, character = ("plus", "加") if sign == "+" else ("minus", "减")
-        number = int(term)
-        for part in (number - number % 10, number % 10) if number > 9 and number % 10 else (number,):
-            following = total + part if sign == "+" else total - part
-            thoughts.append(
-                Thought(f"{total} {word} {part} is {following}.", f"{total}{character}{part}得{following}。")
-            )
-            total = following
+def _think_rotate_matrix(metadata: Mapping[str, Any]) -> list[Thought]:
+    """A quarter turn at a time; a turn's new rows are the old columns, read upwards."""
+    rows, thoughts = metadata["matrix"], []
+    for turn in range(1, metadata["num_rotations"] + 1):
+        rows = [list(reversed(column)) for column in zip(*rows, strict=True)]
+        text = ", ".join(" ".join(map(str, row)) for row in rows)
+        thoughts.append(Thought(f"turn {turn}: {text}.", f"转{turn}：{text}。"))
     return thoughts
 
 
@@ -165,7 +159,7 @@ def _think_count_primes(metadata: Mapping[str, Any]) -> list[Thought]:
 
 
 _THINKING: Mapping[str, Callable[[Mapping[str, Any]], list[Thought]]] = {
-    "chain_sum": _think_chain_sum,
+    "rotate_matrix": _think_rotate_matrix,
     "gcd": _think_gcd,
     "number_filtering": _think_number_filtering,
     "count_primes": _think_count_primes,

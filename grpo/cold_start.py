@@ -6,13 +6,14 @@ import random
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from rich.console import Console
+from torch import Tensor
 from transformers import DeepseekV32Config, DeepseekV32ForCausalLM
 
 import trimtab.environments.alignment as alignment
@@ -27,14 +28,28 @@ Sequence = tuple[np.ndarray, np.ndarray]  # ids int32 [N], sampled bool [N]
 TOKENIZER_EXAMPLES = 3000
 
 
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A part of the cold start: what attention sees, and whether the indexer learns from it."""
+
+    name: str
+    dense: bool
+    learns_indexer: bool
+
+
+DENSE = Stage("dense", dense=True, learns_indexer=False)
+WARM_UP = Stage("indexer warm-up", dense=True, learns_indexer=True)
+SPARSE = Stage("sparse", dense=False, learns_indexer=True)
+
+
 def quickstart_policy(vocab_size: int, bos_id: int, eos_id: int) -> DeepseekV32Config:
-    """DeepSeek-V3.2 in small: MLA, DSA that is sparse beyond 24 keys, grouped experts; about 3 M parameters."""
+    """DeepSeek-V3.2 in small: MLA, DSA that is sparse beyond 24 keys, grouped experts; about 2 M parameters."""
     return DeepseekV32Config(
         vocab_size=vocab_size,
         hidden_size=128,
         intermediate_size=384,
-        moe_intermediate_size=96,
-        num_hidden_layers=4,
+        moe_intermediate_size=64,
+        num_hidden_layers=3,
         first_k_dense_replace=1,
         num_attention_heads=4,
         num_key_value_heads=4,
@@ -46,7 +61,7 @@ def quickstart_policy(vocab_size: int, bos_id: int, eos_id: int) -> DeepseekV32C
         index_n_heads=4,
         index_head_dim=32,
         index_topk=24,
-        n_routed_experts=16,
+        n_routed_experts=32,
         n_shared_experts=1,
         num_experts_per_tok=4,
         n_group=4,
@@ -83,8 +98,9 @@ def cold_start(config: Config, console: Console) -> Path:
 def train(config: Config, out: Path, console: Console) -> None:
     """Train from random weights and write a checkpoint with its tokenizer to `out`.
 
-    First attention is dense and the indexer learns to find what it looks at (warm-up), then attention follows the
-    indexer, which goes on learning over what it selects [DeepSeek-V3.2, section 2.1].
+    First attention is dense; then the indexer learns to find what it looks at (warm-up); then attention follows the
+    indexer, which goes on learning over what it selects [DeepSeek-V3.2, section 2.1]. Other than there, the model
+    goes on learning in the warm-up: it is too short to be spent on the indexer alone.
     """
     settings = config.cold_start
     sources = demonstrations(config)
@@ -115,13 +131,11 @@ def demonstrations(config: Config) -> dict[str, tuple[Demonstrate, bool, float]]
     async def nobody(prompt: str) -> str:
         raise AssertionError("demonstrations are not judged")
 
-    judge_share = config.cold_start.judge_share
-    share = (1 - judge_share) / len(config.domains)
     found: dict[str, tuple[Demonstrate, bool, float]] = {
-        name: (domain.load_task(judge=nobody).demonstrate, domain.thinking, share)
+        name: (domain.load_task(judge=nobody).demonstrate, domain.thinking, domain.demonstrations)
         for name, domain in config.domains.items()
     }
-    return found | {"judge": (alignment.judge_demonstration, True, judge_share)}
+    return found | {"judge": (alignment.judge_demonstration, True, config.cold_start.judge_demonstrations)}
 
 
 def _texts(sources: Mapping[str, tuple[Demonstrate, bool, float]], settings: ColdStart) -> Iterator[str]:
@@ -151,7 +165,6 @@ def _batches(
 
 def _optimise(policy: Policy, batches: Iterator[list[Sequence]], settings: ColdStart, console: Console) -> None:
     optimizers = _optimizers(policy, settings.lr)
-    dense_steps = round(settings.dense_share * settings.steps)
     started = time.perf_counter()
     tokens = 0
     for step in range(settings.steps):
@@ -159,7 +172,8 @@ def _optimise(policy: Policy, batches: Iterator[list[Sequence]], settings: ColdS
             for group in optimizer.param_groups:
                 group["lr"] = settings.lr * _schedule(step, settings.steps)
         batch = next(batches)
-        loss, indexer_kl = _loss(policy, batch, dense=step < dense_steps, prompt_weight=settings.prompt_weight)
+        stage = _stage(step / settings.steps, settings)
+        loss, indexer_kl = _loss(policy, batch, stage, prompt_weight=settings.prompt_weight)
         policy.zero_grad()
         (loss + indexer_kl).backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
@@ -167,40 +181,37 @@ def _optimise(policy: Policy, batches: Iterator[list[Sequence]], settings: ColdS
             optimizer.step()
         tokens += sum(len(ids) for ids, _ in batch)
         if (step + 1) % max(settings.steps // 20, 1) == 0:
-            stage = "dense" if step < dense_steps else "sparse"
             speed = tokens / (time.perf_counter() - started)
             console.print(
-                f"cold start: step {step + 1}/{settings.steps} ({stage})  loss {float(loss.detach()):.3f}  "
+                f"cold start: step {step + 1}/{settings.steps} ({stage.name})  loss {float(loss.detach()):.3f}  "
                 f"indexer KL {float(indexer_kl.detach()):.3f}  {speed:,.0f} tok/s",
                 highlight=False,
             )
 
 
 def _optimizers(policy: Policy, lr: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the layers, AdamW for embeddings, head, norms and stacked experts."""
-    named = dict(policy.named_parameters())
-    matrices = [p for name, p in named.items() if p.ndim == 2 and ".layers." in name]
-    chosen = set(map(id, matrices))
-    others = [p for p in named.values() if id(p) not in chosen]
-    return [
-        torch.optim.Muon(matrices, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True),
-    ]
+    return [torch.optim.AdamW(policy.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)]
 
 
-def _loss(policy: Policy, batch: list[Sequence], *, dense: bool, prompt_weight: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _loss(policy: Policy, batch: list[Sequence], stage: Stage, *, prompt_weight: float) -> tuple[Tensor, Tensor]:
     """Cross-entropy of the next token, and the indexer's KL. Tokens of the prompt count prompt_weight each."""
     ids_N = torch.from_numpy(np.concatenate([ids for ids, _ in batch])).long()
     sampled_N = torch.from_numpy(np.concatenate([sampled for _, sampled in batch]))
     cu_seqlens = torch.tensor([0, *np.cumsum([len(ids) for ids, _ in batch])])
-    out = policy(ids_N, cu_seqlens, dense_attention=dense, with_indexer_kl=True)
+    out = policy(ids_N, cu_seqlens, dense_attention=stage.dense, with_indexer_kl=stage.learns_indexer)
     weight_N = sampled_N + prompt_weight * ~sampled_N
     weight_N[cu_seqlens[:-1]] = 0.0  # nothing predicts a first token
     predict_S = weight_N.nonzero().squeeze(-1)
     logits_SV = out.hidden_ND.index_select(0, predict_S - 1) @ policy.head_weight.T
     loss_S = F.cross_entropy(logits_SV, ids_N[predict_S], reduction="none")
-    assert out.indexer_kl_N is not None
-    return (loss_S * weight_N[predict_S]).sum() / weight_N.sum(), out.indexer_kl_N.mean()
+    indexer_kl = torch.zeros(()) if out.indexer_kl_N is None else out.indexer_kl_N.mean()
+    return (loss_S * weight_N[predict_S]).sum() / weight_N.sum(), indexer_kl
+
+
+def _stage(progress: float, settings: ColdStart) -> Stage:
+    if progress < settings.dense_share:
+        return DENSE
+    return WARM_UP if progress < settings.dense_share + settings.warmup_share else SPARSE
 
 
 def _schedule(step: int, steps: int) -> float:
@@ -211,6 +222,6 @@ def _schedule(step: int, steps: int) -> float:
 def _fingerprint(config: Config) -> str:
     package = Path(__file__).parent.parent
     sources = [Path(__file__), *sorted((package / "environments").glob("*.py")), package / "rollout" / "chat.py"]
-    tasks = {name: (domain.task, domain.thinking) for name, domain in config.domains.items()}
+    tasks = {name: (domain.task, domain.thinking, domain.demonstrations) for name, domain in config.domains.items()}
     settings = json.dumps([asdict(config.cold_start), tasks], sort_keys=True).encode()
     return hashlib.sha256(settings + b"".join(path.read_bytes() for path in sources)).hexdigest()[:10]

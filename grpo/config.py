@@ -46,6 +46,8 @@ class Domain:
     """The reward part that held-out scores report."""
     prompts: int = 8
     """Groups a step."""
+    demonstrations: float = 1.0
+    """Examples in the cold start, relative to the other domains'."""
     weights: dict[str, float] = field(default_factory=lambda: {"outcome": 1.0})
     """Weight of each named reward part; parts that are not named are logged but do not train."""
     loss: LossSettings = field(default_factory=LossSettings)
@@ -81,25 +83,28 @@ class Domain:
 class ColdStart:
     """Supervised training from random weights on generated demonstrations; used when no model is given."""
 
-    steps: int = 600
+    steps: int = 1300
     """Optimiser steps, at least 2."""
     dense_share: float = 0.5
-    """Share of the steps with dense attention, in which the indexer learns from all keys."""
+    """Share of the steps with dense attention and no indexer, which come first."""
+    warmup_share: float = 0.15
+    """Share of the steps in which attention is still dense and the indexer learns from all keys; the rest is sparse."""
     tokens_per_step: int = 1024
     prompt_weight: float = 0.5
     """Weight in the loss of a token that the policy would not sample: learning to copy starts there."""
     lr: float = 3e-3
     """Peak learning rate; linear warm-up over 5 % of the steps, then linear decay to a tenth."""
     vocab_size: int = 1024
-    judge_share: float = 0.2
-    """Share of the examples that teach judging."""
+    judge_demonstrations: float = 1.0
+    """Examples of judging, relative to the domains' demonstrations."""
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.steps < 2:
             raise ValueError(f"cold_start.steps must be at least 2, got {self.steps}")
-        if not 0 <= self.dense_share <= 1:
-            raise ValueError(f"dense_share must lie in [0, 1], got {self.dense_share}")
+        if not (self.dense_share >= 0 and self.warmup_share >= 0 and self.dense_share + self.warmup_share <= 1):
+            shares = f"{self.dense_share} and {self.warmup_share}"
+            raise ValueError(f"dense_share and warmup_share must be 0 or more and at most 1 together, got {shares}")
         if self.vocab_size < 512:
             raise ValueError(f"vocab_size must be at least 512 (256 bytes, markup and words), got {self.vocab_size}")
 
