@@ -120,7 +120,7 @@ def _think_rotate_matrix(metadata: Mapping[str, Any]) -> list[Thought]:
     for turn in range(1, metadata["num_rotations"] + 1):
         rows = [list(reversed(column)) for column in zip(*rows, strict=True)]
         text = ", ".join(" ".join(map(str, row)) for row in rows)
-        thoughts.append(Thought(f"turn {turn}: {text}.", f"转{turn}：{text}。"))
+        thoughts.append(Thought(f"turn {turn}: {text}.", f"转{turn}，{text}。"))
     return thoughts
 
 

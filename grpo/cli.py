@@ -41,7 +41,8 @@ def _train(target: str, options: list[str]) -> int:
         config = tyro.cli(
             Config, default=default, args=options, prog=f"trimtab train {target}", description=Config.__doc__
         )
-        folder = Path(target) if resume else Path("runs") / time.strftime(f"{_name(target)}-%Y%m%d-%H%M%S")
+        fresh = config.out or time.strftime(f"runs/{_name(target)}-%Y%m%d-%H%M%S")
+        folder = Path(target if resume else fresh)
 
         from trimtab.grpo.train import prepare
 

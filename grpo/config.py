@@ -136,6 +136,8 @@ class Config:
     """A whole run."""
 
     domains: dict[str, Domain]
+    out: str = ""
+    """Folder of the run; empty: runs/RECIPE-DATE-TIME."""
     model: str = ""
     """Checkpoint folder (transformers format) to start from; empty: the cold start makes one, once."""
     judge: str = ""

@@ -45,8 +45,8 @@ class LiveTable:
         if self._live:
             self._live.update(self._table(), refresh=True)
             return
-        rewards = "  ".join(f"{domain} {metrics[f'reward/{domain}']:.3f}" for domain in self._domains)
-        others = "  ".join(f"{header} {form.format(metrics[key])}" for header, key, form in COLUMNS)
+        rewards = "  ".join(f"{domain} {_cell(metrics, f'reward/{domain}', '{:.3f}')}" for domain in self._domains)
+        others = "  ".join(f"{header} {_cell(metrics, key, form)}" for header, key, form in COLUMNS)
         self._console.print(f"step {metrics['step'] + 1}/{self._steps}  {rewards}  {others}", soft_wrap=True)
 
     def _table(self) -> Table:
@@ -55,10 +55,15 @@ class LiveTable:
         for header in (*self._domains, *(header for header, _, _ in COLUMNS)):
             table.add_column(header, justify="right")
         for row in self._rows[-15:]:
-            rewards = (f"{row[f'reward/{domain}']:.3f}" for domain in self._domains)
-            others = (form.format(row[key]) for _, key, form in COLUMNS)
+            rewards = (_cell(row, f"reward/{domain}", "{:.3f}") for domain in self._domains)
+            others = (_cell(row, key, form) for _, key, form in COLUMNS)
             table.add_row(f"{row['step'] + 1}/{self._steps}", *rewards, *others)
         return table
+
+
+def _cell(metrics: Mapping[str, Any], key: str, form: str) -> str:
+    """A step in which no group had signal did not train: it has no such figures."""
+    return form.format(metrics[key]) if key in metrics else "-"
 
 
 def held_out_table(before: Mapping[str, float], after: Mapping[str, float], prompts: int) -> Table:

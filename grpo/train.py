@@ -108,7 +108,8 @@ def one_step(config: Config, folder: RunFolder, trainer: Trainer, players: "Play
     batch = trajectories(played.groups, {name: domain.loss for name, domain in config.domains.items()})
     metrics = {"step": step} | rollout_metrics(played, config, seconds_rollout)
     metrics["trained_trajectories"] = len(batch)
-    metrics |= trainer.train_on(batch, step)
+    if batch:
+        metrics |= trainer.train_on(batch, step)
     synchronised = time.perf_counter()
     players.pool.load_weights(trainer.weights(), step + 1)
     metrics["seconds_sync"] = time.perf_counter() - synchronised
@@ -138,6 +139,8 @@ class Players:
             stack.callback(pool.close)
             judge_pool = Pool(judge_config, 1, config.rollout.gpus_per_actor)
             stack.callback(judge_pool.close)
+            pool.wait_until_ready()
+            judge_pool.wait_until_ready()
             if version:
                 pool.load_weights(trainer.weights(), version)
             yield cls(config, pool, judge_pool, runner)
@@ -166,7 +169,7 @@ def engine_config(config: Config, model: str) -> EngineConfig:
 def load_trainer(config: Config, folder: RunFolder, *, resume: bool) -> tuple[Trainer, int]:
     """The trainer, and the first step it has to do."""
     accelerator = Accelerator(
-        cpu=not torch.cuda.is_available(), log_with=list(config.trackers), project_dir=folder.path
+        cpu=not torch.cuda.is_available(), log_with=list(config.trackers) or None, project_dir=folder.path
     )
     if accelerator.num_processes > 1:
         raise ValueError(f"training runs in one process in this version, got {accelerator.num_processes}")
@@ -189,7 +192,7 @@ def save(folder: RunFolder, trainer: Trainer, step: int) -> None:
 
     def write(path: Path) -> None:
         trainer.save(path)
-        for file in tokenizer.glob("tokenizer*"):
+        for file in tokenizer.glob("*token*"):
             shutil.copy(file, path)
 
     try:
@@ -202,11 +205,14 @@ def rollout_metrics(played: Played, config: Config, seconds: float) -> dict[str,
     """Rewards by domain, and what the recording says of the sampler."""
     episodes = [episode for group in played.groups for episode in group.episodes]
     segments = [segment for episode in episodes for segment in episode.segments]
+    if not segments:
+        raise RuntimeError(
+            f"no episode of {played.voided} voided and {len(played.refused)} refused ones can be trained on"
+        )
     kept = np.concatenate([np.diff(segment.kept_offsets) for segment in segments])
     without_routes = sum("route" in reason for reason in played.refused)
-    metrics: dict[str, Any] = {
-        f"reward/{name}": float(np.mean([e.reward for e in episodes if e.domain == name])) for name in config.domains
-    }
+    rewards = {name: [episode.reward for episode in episodes if episode.domain == name] for name in config.domains}
+    metrics: dict[str, Any] = {f"reward/{name}": float(np.mean(r)) for name, r in rewards.items() if r}
     metrics |= part_means(played.groups)
     metrics |= {
         "episodes": len(episodes),

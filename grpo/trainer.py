@@ -126,7 +126,7 @@ class Trainer:
         if out.indexer_kl_N is not None:
             indexer_kl = out.indexer_kl_N.mean() * len(packed.names)
             total = total + self.config.indexer_kl * indexer_kl / num_trajectories
-            sums.add("indexer_kl", float(indexer_kl))
+            sums.add("indexer_kl", float(indexer_kl.detach()))
         self.accelerator.backward(total)
         sums.add_loss(loss)
         return logp_S.detach()

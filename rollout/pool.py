@@ -70,9 +70,10 @@ class EngineActor:
 class Pool:
     """num_actors engines. One that dies or hangs is replaced, with the newest weights, and its requests are repeated.
 
+    The engines start in the background; requests wait for them.
+
     Raises:
         ValueError: fewer than one actor.
-        RuntimeError: the engines did not start.
     """
 
     def __init__(self, config: EngineConfig, num_actors: int, num_gpus_per_actor: float = 0):
@@ -93,6 +94,13 @@ class Pool:
         self._unfinished = [0] * num_actors
         self._homes: dict[str, int] = {}
         self._actors = [self._start() for _ in range(num_actors)]
+
+    def wait_until_ready(self) -> None:
+        """Return when every engine can serve.
+
+        Raises:
+            RuntimeError: one did not start; all are closed.
+        """
         try:
             ray.get([actor.ready.remote() for actor in self._actors], timeout=START_LIMIT_S)
         except Exception as error:

@@ -1,0 +1,99 @@
+"""The main loop on real engines: a short cold start, a few steps, then a kill and a resume."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from trimtab.grpo.config import Config
+from trimtab.grpo.recipes import quickstart
+from trimtab.grpo.run import RunFolder
+from trimtab.grpo.train import prepare
+
+STEPS = 3
+TRIMTAB = [sys.executable, "-c", "import sys; from trimtab.grpo.cli import main; sys.exit(main())"]
+
+
+def short() -> Config:
+    """The quickstart in small: enough cold start for well-formed answers, and every domain in every step."""
+    config = quickstart()
+    return replace(
+        config,
+        domains={name: replace(domain, prompts=3) for name, domain in config.domains.items()},
+        cold_start=replace(config.cold_start, steps=80),
+        sampling=replace(config.sampling, max_tokens=48),
+        group_size=4,
+        minibatches=2,
+        steps=STEPS,
+        save_every=1,
+        held_out=3,
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> RunFolder:
+    """A run to its end; its cold start is what the other tests start from."""
+    home = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home)
+        assert prepare(short(), Path("runs/whole"), resume=False).train() == 0
+    return RunFolder(home / "runs" / "whole")
+
+
+def test_a_run_records_every_step_and_ends_with_scores(finished):
+    rows = finished.metrics()
+    assert [row["step"] for row in rows] == list(range(STEPS))
+    for row in rows:
+        assert row["trained_trajectories"] > 0
+        assert row["route_coverage"] == 1.0 and row["refused"] == 0
+        assert row["mismatch_log_ratio_max"] < 1e-5, "on unchanged weights the ratio is 1"
+        assert {"reward/reasoning", "reward/agent", "reward/alignment"} <= row.keys()
+    held_out = json.loads((finished.path / "held_out.json").read_text())
+    assert held_out["before"]["score"].keys() == held_out["after"]["score"].keys() == short().domains.keys()
+    assert "alignment/judge_agreement" in held_out["after"]["parts"]
+    episode = json.loads((finished.path / "episodes" / "step-00000.jsonl").read_text().splitlines()[0])
+    assert episode["messages"][-1]["role"] == "assistant"
+
+
+def test_a_killed_and_resumed_run_repeats_its_later_steps(finished, tmp_path, monkeypatch):
+    monkeypatch.chdir(finished.path.parent.parent)
+    copy = RunFolder(tmp_path / "killed")
+    shutil.copytree(finished.path, copy.path)
+    shutil.rmtree(copy.latest_checkpoint())  # killed between the checkpoint of step 2 and that of step 3
+    whole = finished.metrics()[-1]
+    assert prepare(copy.load_config(), copy.path, resume=True).train() == 0
+    rows = copy.metrics()
+    assert [row["step"] for row in rows] == list(range(STEPS))
+    again = rows[-1]
+    exact = [key for key in whole if key.startswith("reward/") or "/" in key] + ["sampled_tokens", "kept_mean"]
+    assert {key: again[key] for key in exact} == {key: whole[key] for key in exact}
+    for key in ("kl", "grad_norm", "indexer_kl", "drift_p90"):
+        assert again[key] == pytest.approx(whole[key], rel=1e-3, abs=1e-6), key
+
+
+def test_ctrl_c_saves_and_exits_cleanly(finished, tmp_path):
+    config = replace(short(), model=str(finished.latest_checkpoint()), steps=50, save_every=50)
+    path = tmp_path / "interrupted"
+    script = tmp_path / "recipe.py"
+    config.save(tmp_path / "config.json")
+    script.write_text(
+        "from pathlib import Path\nfrom trimtab.grpo.config import Config\n"
+        f"def recipe():\n    return Config.load(Path({str(tmp_path / 'config.json')!r}))\n"
+    )
+    words = [*TRIMTAB, "train", f"{script}:recipe", "--out", str(path)]
+    process = subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.time() + 200
+    while not (path / "metrics.jsonl").exists() and time.time() < deadline and process.poll() is None:
+        time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 130, output
+    assert "Traceback" not in output and "--resume" in output
+    folder = RunFolder(path)
+    assert len(folder.metrics()) == json.loads((folder.latest_checkpoint() / "state.json").read_text())["step"]
