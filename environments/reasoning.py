@@ -19,7 +19,7 @@ CHINESE = "请用中文思考。"
 DATASETS: Mapping[str, Mapping[str, Any]] = {
     "rotate_matrix": {"min_n": 2, "max_n": 2, "min_rotations": 1, "max_rotations": 2},
     "gcd": {"min_value": 2, "max_value": 15},
-    "number_filtering": {"min_numbers": 2, "max_numbers": 3, "max_decimals": 0, "min_value": 1, "max_value": 9},
+    "number_filtering": {"min_numbers": 2, "max_numbers": 2, "max_decimals": 0, "min_value": 1, "max_value": 9},
     "count_primes": {"max_n": 15},
 }
 """Names of reasoning-gym's datasets and the options they are built with."""
@@ -73,11 +73,11 @@ class ReasoningTask:
         return lambda: ReasoningEnv(prompt, lambda answer: dataset.score_answer(answer, item), language)
 
     def demonstrate(self, rng: random.Random) -> tuple[Message, ...]:
-        """A question with step-by-step thinking; one in five guesses instead, three in ten mix up the languages."""
+        """A question with step-by-step thinking; one in three guesses instead, three in ten mix up the languages."""
         _, item = self._draw(rng, held_out=False)
         language = _draw_language(rng)
         thoughts, answer = think(item), item["answer"]
-        if rng.random() < 0.2:
+        if rng.random() < 1 / 3:
             thoughts, answer = [_GUESS], self._wrong_answer(item, rng)
         mixed = rng.random() < 0.3
         spoken = [rng.choice(("en", "zh")) if mixed else language for _ in thoughts]
@@ -120,7 +120,7 @@ def _think_rotate_matrix(metadata: Mapping[str, Any]) -> list[Thought]:
     for turn in range(1, metadata["num_rotations"] + 1):
         rows = [list(reversed(column)) for column in zip(*rows, strict=True)]
         text = ", ".join(" ".join(map(str, row)) for row in rows)
-        thoughts.append(Thought(f"turn {turn}: {text}.", f"转{turn}，{text}。"))
+        thoughts.append(Thought(f"turn {turn}: {text}.", f"转{turn}得{text}。"))
     return thoughts
 
 

@@ -19,6 +19,7 @@ from transformers import DeepseekV32Config, DeepseekV32ForCausalLM
 import trimtab.environments.alignment as alignment
 from trimtab.environments.base import Message
 from trimtab.grpo.config import ColdStart, Config
+from trimtab.grpo.muon import Muon
 from trimtab.grpo.policy import Policy
 from trimtab.grpo.tokenizer import train_tokenizer
 from trimtab.rollout.chat import BOS, EOS, MARKUP, SPECIAL_TOKENS, Chat, format_calls, render
@@ -190,7 +191,11 @@ def _optimise(policy: Policy, batches: Iterator[list[Sequence]], settings: ColdS
 
 
 def _optimizers(policy: Policy, lr: float) -> list[torch.optim.Optimizer]:
-    return [torch.optim.AdamW(policy.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)]
+    """Muon for the matrices inside the layers, AdamW for embeddings, head, norms and stacked experts."""
+    matrices, others = [], []
+    for name, parameter in policy.named_parameters():
+        (matrices if parameter.ndim == 2 and ".layers." in name else others).append(parameter)
+    return [Muon(matrices, lr), torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)]
 
 
 def _loss(policy: Policy, batch: list[Sequence], stage: Stage, *, prompt_weight: float) -> tuple[Tensor, Tensor]:

@@ -83,7 +83,7 @@ class Domain:
 class ColdStart:
     """Supervised training from random weights on generated demonstrations; used when no model is given."""
 
-    steps: int = 1300
+    steps: int = 1200
     """Optimiser steps, at least 2."""
     dense_share: float = 0.5
     """Share of the steps with dense attention and no indexer, which come first."""
@@ -145,7 +145,7 @@ class Config:
     cold_start: ColdStart = field(default_factory=ColdStart)
     rollout: Rollout = field(default_factory=Rollout)
     sampling: Sampling = field(default_factory=Sampling)
-    steps: int = 30
+    steps: int = 24
     """Rollout batches."""
     group_size: int = 8
     """Episodes of one prompt; advantages are centred within them."""
@@ -167,7 +167,7 @@ class Config:
     """Normalise log-probabilities over the ids that the sampler kept."""
     kl: Literal["unbiased", "k3"] = "unbiased"
     """KL estimator; k3 is biased off-policy and is there to compare."""
-    held_out: int = 48
+    held_out: int = 64
     """Held-out prompts a domain, played before and after."""
     save_every: int = 10
     """Rollout batches between checkpoints; the two newest are kept."""
