@@ -3,7 +3,8 @@
     python benchmarks/quickstart.py seeds                 three seeds, cold start included
     python benchmarks/quickstart.py ablation --steps 12   one cold start, each stabiliser off in turn
 
-Every run is a `trimtab train` of its own; what the tables say is read from the run's files.
+Every run is a `trimtab train` of its own, whose output goes to runs/benchmark.log; what the tables say is read from
+the runs' files.
 """
 
 import argparse
@@ -30,6 +31,9 @@ ABLATIONS: dict[str, list[str]] = {
 }
 
 
+WATCH_EVERY_S = 5.0  # reading the memory of a dozen processes costs a tenth of a second
+
+
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """One finished run."""
@@ -49,13 +53,15 @@ class Outcome:
 
 def run(options: list[str]) -> Outcome:
     """Train in a process of its own and watch the memory of all its descendants."""
+    Path("runs").mkdir(exist_ok=True)
     before = set(Path("runs").glob("quickstart-*"))
     started = time.perf_counter()
-    process = subprocess.Popen(["trimtab", "train", "quickstart", *options])
+    log = (Path("runs") / "benchmark.log").open("a")
+    process = subprocess.Popen([Path(sys.executable).with_name("trimtab"), "train", "quickstart", *options], stdout=log)
     peak = 0
     while process.poll() is None:
         peak = max(peak, memory(process.pid))
-        time.sleep(1.0)
+        time.sleep(WATCH_EVERY_S)
     if process.returncode:
         sys.exit(f"the run with {' '.join(options) or 'no options'} failed with code {process.returncode}")
     (folder,) = set(Path("runs").glob("quickstart-*")) - before

@@ -49,7 +49,11 @@ def _train(target: str, options: list[str]) -> int:
         run = prepare(config, folder, resume=resume)
     except ValueError as error:
         return _fail(str(error))
-    return run.train()
+    try:
+        return run.train()
+    except OSError as error:
+        print(f"trimtab: {error}; checkpoints are whole, go on with: trimtab train {folder} --resume", file=sys.stderr)
+        return 1
 
 
 def _name(target: str) -> str:

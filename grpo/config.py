@@ -155,6 +155,8 @@ class Config:
     lr: float = 3e-4
     warmup_steps: int = 2
     """Rollout batches over which the learning rate rises to lr."""
+    lr_end_share: float = 0.1
+    """Share of lr that is left at the last rollout batch, after a linear fall; 1 keeps it constant."""
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     indexer_kl: float = 1.0
@@ -186,6 +188,8 @@ class Config:
         for name in ("lr", "max_grad_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        if not 0 <= self.lr_end_share <= 1:
+            raise ValueError(f"lr_end_share must lie in [0, 1], got {self.lr_end_share}")
         for name in ("warmup_steps", "weight_decay", "indexer_kl", "seed"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")

@@ -4,20 +4,21 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
 COLUMNS: tuple[tuple[str, str, str], ...] = (  # header, metric, format
-    ("KL", "kl", "{:.4f}"),
-    ("mismatch KL", "mismatch_kl", "{:.1e}"),
+    ("KL", "kl", "{:.3f}"),
+    ("mismatch KL", "mismatch_kl", "{:.0e}"),
     ("masked", "masked", "{:.1%}"),
-    ("kept", "kept_mean", "{:.2f}"),
-    ("single", "kept_singletons", "{:.0%}"),
+    ("kept ids", "kept_mean", "{:.2f}"),
+    ("kept one", "kept_singletons", "{:.0%}"),
     ("routes", "route_coverage", "{:.0%}"),
-    ("rollout tok/s", "rollout_tokens_per_s", "{:,.0f}"),
-    ("train tok/s", "train_tokens_per_s", "{:,.0f}"),
-    ("seconds", "seconds", "{:.1f}"),
+    ("rollout tok/s", "rollout_tokens_per_s", "{:.0f}"),
+    ("train tok/s", "train_tokens_per_s", "{:.0f}"),
+    ("s", "seconds", "{:.1f}"),
 )
 
 
@@ -50,14 +51,13 @@ class LiveTable:
         self._console.print(f"step {metrics['step'] + 1}/{self._steps}  {rewards}  {others}", soft_wrap=True)
 
     def _table(self) -> Table:
-        table = Table(title="reward per domain, and the health of the stabilisers")
-        table.add_column("step", justify="right")
-        for header in (*self._domains, *(header for header, _, _ in COLUMNS)):
-            table.add_column(header, justify="right")
+        table = Table(title=f"reward by domain, of {self._steps} steps", box=SIMPLE_HEAD, padding=0, pad_edge=False)
+        for header in ("step", *self._domains, *(header for header, _, _ in COLUMNS)):
+            table.add_column(header, justify="right", overflow="fold", min_width=4)
         for row in self._rows[-15:]:
-            rewards = (_cell(row, f"reward/{domain}", "{:.3f}") for domain in self._domains)
+            rewards = (_cell(row, f"reward/{domain}", "{:.2f}") for domain in self._domains)
             others = (_cell(row, key, form) for _, key, form in COLUMNS)
-            table.add_row(f"{row['step'] + 1}/{self._steps}", *rewards, *others)
+            table.add_row(str(row["step"] + 1), *rewards, *others)
         return table
 
 

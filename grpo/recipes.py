@@ -16,20 +16,20 @@ def quickstart() -> Config:
                 demonstrations=1.8,
                 prompts=12,
                 weights={"outcome": 1.0, "language": 0.3, "length": 0.2},
-                loss=LossSettings(beta=0.0),  # no KL where answers are checked, as the report does for mathematics
+                loss=LossSettings(beta=0.02),
             ),
             "agent": Domain(
                 task="trimtab.environments.agent:AgentTask",
                 demonstrations=0.6,
                 weights={"outcome": 1.0, "length": 0.2},
-                loss=LossSettings(beta=0.001),
+                loss=LossSettings(beta=0.01),
             ),
             "alignment": Domain(
                 task="trimtab.environments.alignment:AlignmentTask",
                 demonstrations=0.8,
                 score="rubric_truth",
                 weights={"rubric": 1.0, "language": 0.3, "length": 0.2},
-                loss=LossSettings(beta=0.01),
+                loss=LossSettings(beta=0.03),
                 thinking=False,
             ),
         },

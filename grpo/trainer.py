@@ -43,6 +43,12 @@ class Sums:
         self.add("masked", float((~loss.keep_B).sum()))
 
 
+def schedule(step: int, config: Config) -> float:
+    """The learning rate's factor: a linear rise over the warm-up, and a linear fall to lr_end_share at the last step."""
+    rise = min(1.0, (step + 1) / (config.warmup_steps + 1))
+    return rise * (1.0 - (1.0 - config.lr_end_share) * step / config.steps)
+
+
 class Trainer:
     """The policy, its frozen reference and the optimiser of a run."""
 
@@ -69,7 +75,7 @@ class Trainer:
             raise ValueError("no group has rewards that differ: there is nothing to learn from")
         started = time.perf_counter()
         for group in self.optimizer.param_groups:
-            group["lr"] = self.config.lr * min(1.0, (step + 1) / (self.config.warmup_steps + 1))
+            group["lr"] = self.config.lr * schedule(step, self.config)
         sums = Sums()
         metrics: dict[str, Any] = {}
         mismatch: list[Tensor] = []

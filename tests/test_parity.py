@@ -1,0 +1,108 @@
+"""The first inner step on unchanged weights: the trainer's ratio to the engines is 1, before and after an update."""
+
+import asyncio
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import save_tiny_deepseek
+
+from trimtab.grpo.batch import Trajectory, pack
+from trimtab.grpo.config import LossSettings
+from trimtab.grpo.policy import Policy, load_policy
+from trimtab.kernels.reference import kept_logp
+from trimtab.rollout.engine import EngineConfig
+from trimtab.rollout.pool import Pool
+from trimtab.rollout.types import Completion, Request, Sampling, Segment
+
+SAMPLING = Sampling(temperature=1.3, top_p=0.9, top_k=64, max_tokens=24)
+LENGTHS = (3, 14, 40, 90, 150)  # index_topk is 16
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tiny_deepseek")
+    save_tiny_deepseek(path, initializer_range=0.1)
+    return path
+
+
+@pytest.fixture(scope="module")
+def pool(checkpoint: Path) -> Iterator[Pool]:
+    pool = Pool(EngineConfig(model=str(checkpoint), max_model_len=256, kv_cache_bytes=32 << 20, max_num_seqs=16), 2)
+    yield pool
+    pool.close()
+
+
+def segment(name: str, prompt: tuple[int, ...], one: Completion) -> Segment:
+    return Segment(
+        name=name,
+        token_ids=np.array([*prompt, *one.token_ids], np.int32),
+        sampled=np.array([False] * len(prompt) + [True] * len(one.token_ids)),
+        logp=one.logp,
+        kept_ids=one.kept_ids,
+        kept_offsets=one.kept_offsets,
+        routes=one.routes,
+        weight_version=np.full(len(one.token_ids), one.weight_version, np.int32),
+    )
+
+
+def sample(pool: Pool) -> list[Trajectory]:
+    """Four continuations of each prompt, from both actors at once."""
+    rng = random.Random(0)
+    prompts = [tuple(rng.randrange(360) for _ in range(length)) for length in LENGTHS]
+
+    async def ask() -> list[list[Completion]]:
+        requests = [
+            Request(name=f"p{i}", prompt_ids=prompt, sampling=SAMPLING, n=4, seed=i) for i, prompt in enumerate(prompts)
+        ]
+        return list(await asyncio.gather(*map(pool.generate, requests)))
+
+    return [
+        Trajectory(
+            name=f"p{i}/{j}",
+            domain="any",
+            segments=(segment(f"p{i}/{j}", prompts[i], one),),
+            advantage=1.0,
+            settings=LossSettings(),
+        )
+        for i, completions in enumerate(asyncio.run(ask()))
+        for j, one in enumerate(completions)
+    ]
+
+
+@torch.no_grad()
+def worst_log_ratio(policy: Policy, trajectories: list[Trajectory]) -> float:
+    worst = 0.0
+    for packed in pack(trajectories, max_tokens=1024):
+        hidden_ND = policy(packed.ids_N, packed.cu_seqlens, routes_NLK=packed.routes_NLK).hidden_ND
+        logp_S = kept_logp(
+            hidden_ND[packed.predict_S],
+            policy.head_weight,
+            packed.token_S,
+            packed.kept_id_E,
+            packed.kept_offset_S,
+            SAMPLING.temperature,
+        )
+        worst = max(worst, float((logp_S - packed.old_logp_S).abs().max()))
+    return worst
+
+
+def test_the_ratio_is_one_on_unchanged_weights_before_and_after_an_update(pool, checkpoint):
+    policy = load_policy(checkpoint)
+    first = sample(pool)
+    assert len(first) == 4 * len(LENGTHS)
+    assert worst_log_ratio(policy, first) < 1e-5
+
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    assert worst_log_ratio(policy, first) > 1e-2, "the weights moved: what the old ones sampled is off-policy"
+
+    pool.load_weights(policy.weights(), version=1)
+    second = sample(pool)
+    assert all((t.segments[0].weight_version == 1).all() for t in second)
+    assert worst_log_ratio(policy, second) < 1e-5
