@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -175,11 +176,12 @@ def load_trainer(config: Config, folder: RunFolder, *, resume: bool) -> tuple[Tr
         raise ValueError(f"training runs in one process in this version, got {accelerator.num_processes}")
     if config.trackers:
         accelerator.init_trackers("trimtab", init_kwargs={})
+    load = partial(load_policy, checkpointing=config.checkpoint_activations)
     frozen = load_policy(Path(config.model)).requires_grad_(False) if config.needs_reference else None
     if not resume:
-        return Trainer(config, load_policy(Path(config.model)), frozen, accelerator), 0
+        return Trainer(config, load(Path(config.model)), frozen, accelerator), 0
     checkpoint = folder.latest_checkpoint()
-    trainer = Trainer(config, load_policy(checkpoint), frozen, accelerator)
+    trainer = Trainer(config, load(checkpoint), frozen, accelerator)
     trainer.load_optimizer(checkpoint)
     first = step_of_checkpoint(checkpoint)
     folder.rewind(first)

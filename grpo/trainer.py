@@ -30,6 +30,7 @@ class Sums:
 
     totals: dict[str, float] = field(default_factory=dict)
     trajectories: int = 0
+    indexer_kl: float = 0.0
     drift: list[float] = field(default_factory=list)
 
     def add(self, name: str, total: float) -> None:
@@ -44,7 +45,7 @@ class Sums:
 
 
 def schedule(step: int, config: Config) -> float:
-    """The learning rate's factor: a linear rise over the warm-up, and a linear fall to lr_end_share at the last step."""
+    """The learning rate's factor: a linear rise over the warm-up, a linear fall to lr_end_share at the last step."""
     rise = min(1.0, (step + 1) / (config.warmup_steps + 1))
     return rise * (1.0 - (1.0 - config.lr_end_share) * step / config.steps)
 
@@ -57,7 +58,7 @@ class Trainer:
         parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, betas=(0.9, 0.99))
         self.policy, self.optimizer = accelerator.prepare(policy, optimizer)
-        self.reference = reference_policy
+        self.reference = None if reference_policy is None else reference_policy.to(accelerator.device)
 
     def train_on(self, batch: Sequence[Trajectory], step: int) -> dict[str, Any]:
         """One epoch over a rollout batch in config.minibatches optimiser steps.
@@ -83,8 +84,9 @@ class Trainer:
         norms: list[float] = []
         for i, minibatch in enumerate(minibatches(batch, self.config.minibatches, seed=self.config.seed + step)):
             self.optimizer.zero_grad()
+            num_tokens = sum(trajectory.num_tokens for trajectory in minibatch)
             for packed in pack(minibatch, self.config.tokens_per_microbatch):
-                logp_S = self._backward(packed, len(minibatch), sums)
+                logp_S = self._backward(packed, len(minibatch), num_tokens, sums)
                 if i == 0:
                     old_logp_S = packed.old_logp_S.to(logp_S.device)
                     mismatch.append(mismatch_kl(logp_S, old_logp_S))
@@ -95,6 +97,7 @@ class Trainer:
             self.optimizer.step()
         drift = torch.tensor(sums.drift)
         metrics |= {name: total / sums.trajectories for name, total in sums.totals.items()}
+        metrics["indexer_kl"] = sums.indexer_kl / sums.trajectories
         metrics |= {f"drift_p{q}": float(drift.quantile(q / 100)) for q in (50, 90, 99)}
         metrics["mismatch_kl"] = float(torch.cat(mismatch).mean())
         metrics["mismatch_log_ratio_max"] = log_ratio_max
@@ -103,7 +106,8 @@ class Trainer:
         metrics["train_tokens_per_s"] = sum(t.num_tokens for t in batch) / metrics["seconds_train"]
         return metrics
 
-    def _backward(self, packed: Packed, num_trajectories: int, sums: Sums) -> Tensor:
+    def _backward(self, packed: Packed, num_trajectories: int, num_tokens: int, sums: Sums) -> Tensor:
+        """Add one pack's share to the gradient; the counts are the whole mini-batch's, so the split does not matter."""
         packed = packed.to(self.accelerator.device)
         routes_NLK = packed.routes_NLK if self.config.keep_routing else None
         learn_indexer = self.policy.sparse and self.config.indexer_kl > 0
@@ -130,9 +134,8 @@ class Trainer:
         )
         total = loss.loss
         if out.indexer_kl_N is not None:
-            indexer_kl = out.indexer_kl_N.mean() * len(packed.names)
-            total = total + self.config.indexer_kl * indexer_kl / num_trajectories
-            sums.add("indexer_kl", float(indexer_kl.detach()))
+            total = total + self.config.indexer_kl * out.indexer_kl_N.sum() / num_tokens
+            sums.indexer_kl += float(out.indexer_kl_N.detach().mean()) * len(packed.names)
         self.accelerator.backward(total)
         sums.add_loss(loss)
         return logp_S.detach()
@@ -147,8 +150,8 @@ class Trainer:
         )
 
     def weights(self) -> dict[str, Tensor]:
-        """The policy's weights under transformers' names."""
-        return self.accelerator.unwrap_model(self.policy).weights()
+        """The policy's weights under transformers' names, on the CPU."""
+        return {name: weight.cpu() for name, weight in self.accelerator.unwrap_model(self.policy).weights().items()}
 
     def save(self, path: Path) -> None:
         """Write a transformers checkpoint and the optimiser's state."""
