@@ -83,14 +83,34 @@ def seeds(options: list[str]) -> None:
     print_machine()
     print("| seed | " + " | ".join(f"{domain} before → after" for domain in DOMAINS) + " | minutes | peak memory |")
     print("| --- " * (len(DOMAINS) + 3) + "|")
-    rows = []
+    rows, notes = [], []
     for seed in (0, 1, 2):
         done = run(["--seed", str(seed), "--cold-start.seed", str(seed), *options])
         before, after = (done.held_out[when]["score"] for when in ("before", "after"))
         rows.append({domain: after[domain] - before[domain] for domain in DOMAINS})
+        notes.append(f"seed {seed}: {health(done.folder)}")
         cells = [f"{before[d]:.3f} → {after[d]:.3f} ({after[d] - before[d]:+.3f})" for d in DOMAINS]
         print(f"| {seed} | {' | '.join(cells)} | {done.seconds / 60:.1f} | {done.peak_gib:.1f} GiB |", flush=True)
+    print("\n" + "\n".join(notes))
     print("least rise: " + ", ".join(f"{domain} {min(row[domain] for row in rows):+.3f}" for domain in DOMAINS))
+
+
+def health(folder: Path) -> str:
+    """A run's stabilisers and speed, each a mean over its steps, and the judge's agreement with ground truth."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    held_out = json.loads((folder / "held_out.json").read_text())
+    before, after = (held_out[when]["parts"]["alignment/judge_agreement"] for when in ("before", "after"))
+    figures = {
+        "mismatch KL": f"{mean(row['mismatch_kl'] for row in rows):.1e}",
+        "largest log ratio": f"{max(row['mismatch_log_ratio_max'] for row in rows):.1e}",
+        "masked": f"{mean(row['masked'] for row in rows):.2%}",
+        "kept ids": f"{mean(row['kept_mean'] for row in rows):.2f}",
+        "singletons": f"{mean(row['kept_singletons'] for row in rows):.0%}",
+        "rollout tok/s": f"{mean(row['rollout_tokens_per_s'] for row in rows):.0f}",
+        "train tok/s": f"{mean(row['train_tokens_per_s'] for row in rows):.0f}",
+        "judge agrees": f"{before:.0%} before, {after:.0%} after",
+    }
+    return ", ".join(f"{name} {figure}" for name, figure in figures.items())
 
 
 def ablation(options: list[str]) -> None:
