@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DeepseekV32Config, DeepseekV32ForCausalLM
 
 import trimtab.environments.alignment as alignment
@@ -192,7 +192,8 @@ def _optimise(policy: Policy, batches: Iterator[list[Sequence]], settings: ColdS
 
 def _optimizers(policy: Policy, lr: float) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the layers, AdamW for embeddings, head, norms and stacked experts."""
-    matrices, others = [], []
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, parameter in policy.named_parameters():
         (matrices if parameter.ndim == 2 and ".layers." in name else others).append(parameter)
     return [Muon(matrices, lr), torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)]
