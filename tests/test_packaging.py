@@ -13,14 +13,13 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("environments", "grpo", "kernels", "rewards", "rollout")
 
 
-def run_in_root(code: str, *, python_path: Path | None = None) -> None:
+def run_in_root(code: str, *, python_path: Path | None = None) -> subprocess.CompletedProcess[str]:
     """Run code in a fresh process with the repository root first on sys.path, as scripts and Ray workers have it."""
     environment = dict(os.environ, PYTHONPATH=str(python_path)) if python_path else None
     script = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{code}"
-    done = subprocess.run(
+    return subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240
     )
-    assert done.returncode == 0, done.stderr
 
 
 USE_TRANSFORMERS = """
@@ -33,7 +32,8 @@ assert sum(parameter.numel() for parameter in LlamaForCausalLM(config).parameter
 
 
 def test_transformers_works_with_the_repository_root_first_on_the_path():
-    run_in_root(USE_TRANSFORMERS + "import trimtab.kernels.reference")
+    done = run_in_root(USE_TRANSFORMERS + "import trimtab.kernels.reference")
+    assert done.returncode == 0, done.stderr
 
 
 def test_an_installed_package_called_kernels_wins_over_our_folder(tmp_path: Path):
@@ -43,7 +43,8 @@ def test_an_installed_package_called_kernels_wins_over_our_folder(tmp_path: Path
     metadata.mkdir()
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: kernels\nVersion: 0.0.1\n")
     code = "import kernels; assert kernels.installed\nimport trimtab.kernels.reference as ours; assert ours.select\n"
-    run_in_root(code + USE_TRANSFORMERS, python_path=tmp_path)
+    done = run_in_root(code + USE_TRANSFORMERS, python_path=tmp_path)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.fixture(scope="module")
