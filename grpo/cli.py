@@ -22,7 +22,11 @@ def main(argv: list[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     match words:
         case ["train", target, *options] if not target.startswith("-"):
-            return _train(target, options)
+            try:
+                return _train(target, options)
+            except KeyboardInterrupt:
+                print("trimtab: stopped at once; what was not saved is lost", file=sys.stderr)
+                return 130
         case ["doctor"] | ["doctor", "--json"]:
             from trimtab.grpo.doctor import doctor
 

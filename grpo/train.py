@@ -75,10 +75,10 @@ class Run:
     def train(self) -> int:
         """Run to the last step, or to the step during which Ctrl-C comes. Returns the exit code."""
         console = Console()
+        config = self.config
+        if not config.model:
+            config = replace(config, model=str(cold_start(config, console)))
         with stop_after_interrupt(console) as stopping, ExitStack() as stack:
-            config = (
-                self.config if self.config.model else replace(self.config, model=str(cold_start(self.config, console)))
-            )
             folder = RunFolder.open(self.path) if self.resume else RunFolder.create(self.path, config)
             console.print(f"run: {folder.path}")
             trainer, first = load_trainer(config, folder, resume=self.resume)
