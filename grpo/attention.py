@@ -5,11 +5,11 @@ sequences, B = sequences of a block, T = its longest, M = key tokens (= T), H = 
 C = latent width, V = value width, K = selected keys.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -172,19 +172,36 @@ def index_projections(indexer: nn.Module, x_ND: Tensor, q_NC: Tensor, cos_NR: Te
 
 
 class Latents(NamedTuple):
-    """What MLA attends with, padded: full queries, and keys and values as latents."""
+    """What MLA attends with: full queries, and keys and values as latents."""
 
     q_BTHD: Tensor
     latent_BTC: Tensor
     k_rope_BTR: Tensor
 
 
-Attend = Callable[[nn.Module, Latents, Index | None, Tensor, int, bool], tuple[Tensor, Tensor | None]]
-"""(MLA module, latents, index, causal [T, M], selected keys, with indexer KL) -> values [B, T, H, V], KL [B, T]."""
+class Part(Protocol):
+    """Neighbouring sequences of a pack that are attended to in one go."""
+
+    @property
+    def T(self) -> int:
+        """Length of the longest."""
+
+    @property
+    def tokens(self) -> int: ...
+
+    def pad(self, x_N: Tensor) -> Tensor:
+        """Into the shape that attention wants."""
+
+    def unpad(self, x: Tensor) -> Tensor:
+        """Back to [N, ...]."""
+
+
+Attend = Callable[[nn.Module, Latents, Index | None, Any, int, bool], tuple[Tensor, Tensor | None]]
+"""(MLA module, latents, index, part, selected keys, with indexer KL) -> values [..., H, V] and KL [...], padded."""
 
 
 def attend_dense(
-    mla: nn.Module, latents: Latents, index: Index | None, causal_TM: Tensor, topk: int, with_kl: bool
+    mla: nn.Module, latents: Latents, index: Index | None, block: Block, topk: int, with_kl: bool
 ) -> tuple[Tensor, Tensor | None]:
     """MLA as multi-head attention with the selection as a mask: time and memory grow with T * T * H."""
     m: Any = mla
@@ -193,8 +210,8 @@ def attend_dense(
     k_rope = latents.k_rope_BTR[:, :, None].expand(-1, -1, m.num_heads, -1)
     k_BTHD = torch.cat([k_nope, k_rope], -1)
     if index is None:
-        return reference.masked_mha(latents.q_BTHD, k_BTHD, v_BTHV, causal_TM, m.scaling), None
-    score_BTM = index.scores(causal_TM)
+        return reference.masked_mha(latents.q_BTHD, k_BTHD, v_BTHV, block.causal_TM, m.scaling), None
+    score_BTM = index.scores(block.causal_TM)
     selected_BTM = reference.select(score_BTM.detach(), topk)
     if not with_kl:
         return reference.masked_mha(latents.q_BTHD, k_BTHD, v_BTHV, selected_BTM, m.scaling), None
@@ -204,16 +221,17 @@ def attend_dense(
 
 
 def attend_sparse(
-    mla: nn.Module, latents: Latents, index: Index | None, causal_TM: Tensor, topk: int, with_kl: bool
+    mla: nn.Module, latents: Latents, index: Index | None, block: Block, topk: int, with_kl: bool
 ) -> tuple[Tensor, Tensor | None]:
     """MLA absorbed into multi-query attention over the gathered latents of the selected keys."""
-    assert index is not None, "a sequence with at most topk keys has no selection"
+    if index is None:
+        return attend_dense(mla, latents, index, block, topk, with_kl)
     m: Any = mla
     w_uk, w_uv = m.kv_b_proj.weight.unflatten(0, (m.num_heads, -1)).split([m.qk_nope_head_dim, m.v_head_dim], 1)
     q_nope, q_rope = latents.q_BTHD.split([m.qk_nope_head_dim, m.qk_rope_head_dim], -1)
     q_BTHC = torch.cat([torch.einsum("bthn,hnc->bthc", q_nope, w_uk), q_rope], -1)
     row_BTC = torch.cat([latents.latent_BTC, latents.k_rope_BTR], -1)
-    score_BTM = index.scores(causal_TM)
+    score_BTM = index.scores(block.causal_TM)
     ids_BTK = reference.selected_ids(reference.select(score_BTM.detach(), topk), topk)
     out_BTHC, lse_BTH = reference.sparse_mla(q_BTHC, row_BTC, ids_BTK, m.kv_lora_rank, m.scaling)
     kl_BT = None
@@ -243,7 +261,7 @@ def sparse_attention(
     mla: nn.Module,
     x_ND: Tensor,
     rotary: tuple[Tensor, Tensor],
-    blocks: list[Block],
+    parts: Sequence[Part],
     *,
     topk: int,
     with_indexer_kl: bool,
@@ -267,21 +285,18 @@ def sparse_attention(
     latent_NC, k_rope_NR = m.kv_a_proj_with_mqa(x_ND).split([m.kv_lora_rank, m.qk_rope_head_dim], -1)
     latents = (q_NHD, rms_norm(m.kv_a_layernorm, latent_NC), rotate_pairs(k_rope_NR, cos_NR, sin_NR))
     index: Index | tuple[()] = ()
-    if with_indexer_kl or any(topk < block.T for block in blocks):
+    if with_indexer_kl or any(topk < part.T for part in parts):
         with torch.set_grad_enabled(with_indexer_kl and torch.is_grad_enabled()):
             index = index_projections(m.indexer, x_ND.detach(), q_NC.detach(), cos_NR, sin_NR)
-    sizes = [block.tokens for block in blocks]
+    sizes = [part.tokens for part in parts]
     outs, kls = [], []
-    for block, *parts in zip(blocks, *(x.split(sizes) for x in (*latents, *index)), strict=True):
-        padded = [block.pad(part) for part in parts]
-        indexed = with_indexer_kl or topk < block.T
-        attend = choose(block.T, topk) if indexed else attend_dense
-        out, kl = attend(
-            mla, Latents(*padded[:3]), Index(*padded[3:]) if indexed else None, block.causal_TM, topk, with_indexer_kl
-        )
-        outs.append(block.unpad(out.flatten(-2)))
+    for part, *tensors in zip(parts, *(x.split(sizes) for x in (*latents, *index)), strict=True):
+        padded = [part.pad(tensor) for tensor in tensors]
+        indexed = Index(*padded[3:]) if with_indexer_kl or topk < part.T else None
+        out, kl = choose(part.T, topk)(mla, Latents(*padded[:3]), indexed, part, topk, with_indexer_kl)
+        outs.append(part.unpad(out.flatten(-2)))
         if kl is not None:
-            kls.append(block.unpad(kl))
+            kls.append(part.unpad(kl))
     return m.o_proj(torch.cat(outs)), torch.cat(kls) if kls else None
 
 

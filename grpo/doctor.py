@@ -152,4 +152,9 @@ def _stabilisers(vllm: Check, gpu: Check) -> list[Check]:
 
 
 def _sparse_attention(gpu: Check) -> Check:
-    return Check("Triton sparse attention", False, "not in this version: sparse attention runs in plain PyTorch")
+    triton, name = _version("triton"), "Triton sparse attention"
+    if not gpu.ok:
+        return Check(name, False, "needs a GPU; on the CPU sparse attention runs in plain PyTorch")
+    if triton is None:
+        return Check(name, False, "triton is missing: pip install triton")
+    return Check(name, True, f"triton {triton}, in training and inside vLLM")

@@ -5,7 +5,7 @@ R = rotary width, V = vocabulary.
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from trimtab.grpo.attention import Attend, Block, blocks_of, choose_attend, full_attention, rms_norm, sparse_attention
+from trimtab.grpo.attention import Attend, Part, blocks_of, choose_attend, full_attention, rms_norm, sparse_attention
 from trimtab.grpo.moe import deepseek_moe, qwen_moe
 
 Moe = Callable[[nn.Module, Tensor, Tensor | None], tuple[Tensor, Tensor]]
@@ -78,7 +78,7 @@ class PolicyLayer(nn.Module):
         self,
         x_ND: Tensor,
         rotary: tuple[Tensor, Tensor],
-        blocks: list[Block],
+        parts: Sequence[Any],
         routes_NK: Tensor | None,
         topk: int,
         with_indexer_kl: bool,
@@ -89,10 +89,10 @@ class PolicyLayer(nn.Module):
         kl_N: Tensor | None = None
         if self.sparse:
             attended_ND, kl_N = sparse_attention(
-                self.self_attn, normed_ND, rotary, blocks, topk=topk, with_indexer_kl=with_indexer_kl, choose=choose
+                self.self_attn, normed_ND, rotary, parts, topk=topk, with_indexer_kl=with_indexer_kl, choose=choose
             )
         else:
-            attended_ND = full_attention(self.self_attn, normed_ND, rotary, blocks)
+            attended_ND = full_attention(self.self_attn, normed_ND, rotary, parts)
         x_ND = x_ND + attended_ND
         normed_ND = rms_norm(self.post_attention_layernorm, x_ND)
         if self.moe is None:
@@ -116,7 +116,10 @@ class Policy(nn.Module):
         self.model: Any = model
         self.checkpointing = checkpointing
         """Recompute each layer in the backward pass instead of keeping what it computed."""
-        self.choose_attend: Callable[[int, int], Attend] = choose_attend
+        self.packed: bool | None = None
+        """Attend in Triton, without padding; None: on a GPU."""
+        self.choose_attend: Callable[[int, int], Attend] | None = None
+        """(longest sequence, topk) -> form of sparse attention; None: the faster one."""
         self.sparse = architecture.sparse
         layers = [PolicyLayer(layer, architecture) for layer in self.model.model.layers]
         self.moe_layers = [i for i, layer in enumerate(layers) if layer.moe is not None]
@@ -159,15 +162,15 @@ class Policy(nn.Module):
             ValueError: routes of another shape; an indexer KL asked of a policy without indexer.
         """
         self._check(ids_N, cu_seqlens, routes_NLK, with_indexer_kl)
-        blocks = blocks_of(cu_seqlens)
+        topk = len(ids_N) if dense_attention or not self.sparse else self.config.index_topk
+        parts, choose = self._plan(cu_seqlens, topk)
         x_ND = self.model.model.embed_tokens(ids_N)
         rotary = self._rotary(x_ND, cu_seqlens)
-        topk = len(ids_N) if dense_attention or not self.sparse else self.config.index_topk
         routes = [] if routes_NLK is None else list(routes_NLK.long().unbind(1))
         used, kls = [], []
         for i, layer in enumerate(self.model.model.layers):
             route_NK = routes[self.moe_layers.index(i)] if routes and i in self.moe_layers else None
-            arguments = (x_ND, rotary, blocks, route_NK, topk, with_indexer_kl, self.choose_attend)
+            arguments = (x_ND, rotary, parts, route_NK, topk, with_indexer_kl, choose)
             if self.checkpointing and torch.is_grad_enabled():
                 x_ND, used_NK, kl_N = checkpoint(layer, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
@@ -179,6 +182,15 @@ class Policy(nn.Module):
             routes_NLK=torch.stack(used, 1) if used else None,
             indexer_kl_N=torch.stack(kls).mean(0) if kls else None,
         )
+
+    def _plan(self, cu_seqlens: Tensor, topk: int) -> tuple[Sequence[Part], Callable[[int, int], Attend]]:
+        """How to cut the pack, and the form of attention by length."""
+        if self.sparse and (cu_seqlens.is_cuda if self.packed is None else self.packed):
+            from trimtab.grpo import packed_attention  # Triton, which a CPU does without
+
+            choose = self.choose_attend or packed_attention.choose_attend
+            return packed_attention.spans_of(cu_seqlens, topk, choose), choose
+        return blocks_of(cu_seqlens), self.choose_attend or choose_attend
 
     def _check(self, ids_N: Tensor, cu_seqlens: Tensor, routes_NLK: Tensor | None, with_indexer_kl: bool) -> None:
         if int(cu_seqlens[-1]) != len(ids_N):

@@ -176,6 +176,32 @@ def kept_logp(
     return logit_E[is_token_E] - top_S - sum_S.log()
 
 
+@torch.no_grad()
+def kept_entropy(
+    hidden_SD: Tensor, weight_VD: Tensor, kept_id_E: Tensor, kept_offset_S: Tensor, temperature: float
+) -> Tensor:
+    """Entropy of the policy over each kept set, in nats. For logging: carries no gradient.
+
+        H = log sum_v exp(l_v) - sum_v pi~(v) l_v,   v in S_t,   l_v = h_t . W[v] / temperature
+
+    Returns:
+        [S] float32; exactly 0 where one id was kept.
+
+    Raises:
+        ValueError: a position kept no id.
+    """
+    count_S = kept_offset_S.diff()
+    if (count_S < 1).any():
+        raise ValueError("a position kept no id: refuse such a segment when it is recorded")
+    row_E = torch.repeat_interleave(torch.arange(len(count_S), device=count_S.device), count_S)
+    logit_E = (hidden_SD[row_E] * weight_VD[kept_id_E]).sum(-1).float() / temperature
+    top_S = torch.full((len(count_S),), float("-inf"), device=logit_E.device)
+    top_S = top_S.scatter_reduce(0, row_E, logit_E, "amax")
+    logit_E = logit_E - top_S[row_E]
+    sum_S = torch.zeros_like(top_S).index_add(0, row_E, logit_E.exp())
+    return sum_S.log() - torch.zeros_like(top_S).index_add(0, row_E, logit_E.exp() * logit_E) / sum_S
+
+
 def full_logp(hidden_SD: Tensor, weight_VD: Tensor, token_S: Tensor, temperature: float) -> Tensor:
     """Log-probability of each token under the whole vocabulary at the given temperature.
 
@@ -199,3 +225,50 @@ def full_logp(hidden_SD: Tensor, weight_VD: Tensor, token_S: Tensor, temperature
 def _full_logp(hidden_SD: Tensor, weight_VD: Tensor, token_S: Tensor, temperature: float) -> Tensor:
     logit_SV = F.linear(hidden_SD, weight_VD).float() / temperature
     return -F.cross_entropy(logit_SV, token_S, reduction="none")
+
+
+@torch.no_grad()
+def full_entropy(hidden_SD: Tensor, weight_VD: Tensor, temperature: float) -> Tensor:
+    """Entropy of the policy over the whole vocabulary, in nats. For logging: carries no gradient.
+
+    Returns:
+        [S] float32.
+    """
+    rows = max(1, LOGITS_AT_ONCE // len(weight_VD))
+    return torch.cat([_full_entropy(hidden, weight_VD, temperature) for hidden in hidden_SD.split(rows)])
+
+
+def _full_entropy(hidden_SD: Tensor, weight_VD: Tensor, temperature: float) -> Tensor:
+    logp_SV = (F.linear(hidden_SD, weight_VD).float() / temperature).log_softmax(-1)
+    return -(logp_SV.exp() * logp_SV).sum(-1)
+
+
+def full_kl(
+    hidden_SD: Tensor, ref_hidden_SD: Tensor, weight_VD: Tensor, ref_weight_VD: Tensor, temperature: float
+) -> Tensor:
+    """KL(pi || pi_ref) of each position, exact, over the whole vocabulary: estimators.full_kl from hidden states.
+
+        sum_v pi(v) log(pi(v) / pi_ref(v)),   pi = softmax(h_t . W / temperature)
+
+    The reference carries no gradient. Logits exist as in full_logp, twice as many.
+
+    Returns:
+        [S] float32, in nats.
+    """
+    rows = max(1, LOGITS_AT_ONCE // len(weight_VD))
+    ref_hidden_SD, ref_weight_VD = ref_hidden_SD.detach(), ref_weight_VD.detach()
+    parts = [
+        checkpoint(
+            _full_kl, hidden, ref, weight_VD, ref_weight_VD, temperature, use_reentrant=False, preserve_rng_state=False
+        )
+        for hidden, ref in zip(hidden_SD.split(rows), ref_hidden_SD.split(rows), strict=True)
+    ]
+    return torch.cat(parts)
+
+
+def _full_kl(
+    hidden_SD: Tensor, ref_hidden_SD: Tensor, weight_VD: Tensor, ref_weight_VD: Tensor, temperature: float
+) -> Tensor:
+    logp_SV = (F.linear(hidden_SD, weight_VD).float() / temperature).log_softmax(-1)
+    ref_logp_SV = (F.linear(ref_hidden_SD, ref_weight_VD).float() / temperature).log_softmax(-1)
+    return (logp_SV.exp() * (logp_SV - ref_logp_SV)).sum(-1)

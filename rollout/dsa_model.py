@@ -1,8 +1,8 @@
-"""DeepSeek-V3.2 (MLA, sparse attention, routed experts) as a model inside vLLM, in plain PyTorch.
+"""DeepSeek-V3.2 (MLA, sparse attention, routed experts) as a model inside vLLM.
 
-Indexer scores and top-k are those of trimtab.kernels.reference, the ones training uses. Parameters bear the
-names transformers gives them. At a few million parameters the number of operations of a decoding step, not
-their size, is its cost.
+Indexer scores, top-k and attention are those that training uses: on a GPU the Triton kernels over the paged cache, on
+a CPU plain PyTorch over padded buckets of sequences. Parameters bear the names transformers gives them. At a few
+million parameters the number of operations of a decoding step, not their size, is its cost.
 
 Shape suffixes: N = tokens of a step, H = heads, D = index head width, W = latent and rope width of a cached
 row, C = latent width, R = rope width, E = experts, K = experts a token, B = sequences of a bucket, T = their
@@ -10,7 +10,7 @@ queries (padded), L = their keys (padded).
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -21,6 +21,7 @@ from transformers.models.deepseek_v32.modeling_deepseek_v32 import DeepseekV32Ro
 from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.model_executor.layers.fused_moe.fused_moe import fused_experts
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionMetadata,
@@ -28,9 +29,12 @@ from vllm.v1.attention.backend import (
     CommonAttentionMetadata,
 )
 from vllm.v1.kv_cache_interface import MLAAttentionSpec
+from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from trimtab.kernels.reference import index_scores, select, selected_ids, sparse_mla
-from trimtab.rollout.dsa_modules import Mlp, Moe, Norm, Weight, masked_mqa, rotate_halves, rotate_pairs
+from trimtab.rollout import dsa_paged
+from trimtab.rollout.dsa_modules import Experts, Mlp, Moe, Norm, Weight, masked_mqa, rotate_halves, rotate_pairs
+from trimtab.rollout.dsa_paged import PagedStep, plan_step
 
 GATHER_FROM = 12
 """Contexts above this multiple of index_topk gather the selected rows; shorter ones are read whole, with a mask,
@@ -80,12 +84,17 @@ def buckets(starts: list[int], lengths: list[int], block_table: Tensor, block_si
     return result
 
 
+def _has_kernels(device: torch.device) -> bool:
+    return device.type != "cpu"
+
+
 @dataclass
 class DsaMetadata(AttentionMetadata):
-    """What every layer of a step shares."""
+    """What every layer of a step shares: the plan of a GPU, or that of a CPU."""
 
-    slot_N: Tensor
-    buckets: list[Bucket]
+    paged: PagedStep | None = None
+    slot_N: Tensor | None = None
+    buckets: list[Bucket] = field(default_factory=list)
 
 
 class DsaMetadataBuilder(AttentionMetadataBuilder[DsaMetadata]):
@@ -93,15 +102,21 @@ class DsaMetadataBuilder(AttentionMetadataBuilder[DsaMetadata]):
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: torch.device):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self._topk = vllm_config.compilation_config.static_forward_context[layer_names[0]].topk
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> DsaMetadata:
-        m = common_attn_metadata
-        plan = buckets(
-            m.query_start_loc_cpu.tolist(), m.seq_lens.tolist(), m.block_table_tensor, self.kv_cache_spec.block_size
+        m, block_size = common_attn_metadata, self.kv_cache_spec.block_size
+        slot_N = m.slot_mapping[: m.num_actual_tokens]
+        if not _has_kernels(self.device):
+            plan = buckets(m.query_start_loc_cpu.tolist(), m.seq_lens.tolist(), m.block_table_tensor, block_size)
+            return DsaMetadata(slot_N=slot_N.long(), buckets=plan)
+        # The host's lengths are bounds where tokens are drafted ahead, which this engine does not do; here, exact.
+        lengths = m.seq_lens_cpu_upper_bound
+        return DsaMetadata(
+            plan_step(m.query_start_loc_cpu, lengths, m.block_table_tensor, slot_N, block_size, self._topk)
         )
-        return DsaMetadata(m.slot_mapping[: m.num_actual_tokens].long(), plan)
 
 
 class DsaBackend(AttentionBackend):
@@ -125,6 +140,10 @@ class DsaBackend(AttentionBackend):
     @classmethod
     def is_mla(cls) -> bool:
         return True
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        return (KVCacheLayout.LBNHC,)  # a layer's rows, one after another
 
 
 class Indexer(nn.Module):
@@ -171,6 +190,7 @@ class DsaAttention(nn.Module, AttentionLayerBase):
     def bind_kv_cache(self, kv_cache: Tensor) -> None:
         """Take the cache: [blocks, 1 head, block, width]."""
         self.kv_cache = kv_cache.squeeze(1)
+        assert self.kv_cache.is_contiguous(), self.kv_cache.stride()
 
     def get_attn_backend(self) -> type[AttentionBackend]:
         return DsaBackend
@@ -206,9 +226,17 @@ class DsaAttention(nn.Module, AttentionLayerBase):
         return F.linear(value.flatten(1), self.o_proj.weight)
 
     def _attend(self, q_NHW: Tensor, index_q: Tensor, weight: Tensor, row: Tensor, metadata: DsaMetadata) -> Tensor:
-        """Cache the new rows and attend bucket by bucket: [N, H, C]."""
+        """Cache the new rows and attend: [N, H, C]."""
+        cache = self.kv_cache.flatten(0, 1)
+        if step := metadata.paged:
+            assert len(step.slot_N) == len(row), "steps are not padded without CUDA graphs"
+            cache.index_copy_(0, step.slot_N, row)
+            return dsa_paged.attend(
+                q_NHW, index_q, weight, cache, step, value_dim=self.C, topk=self.topk, scale=self.scale
+            )
         slots = metadata.slot_N
-        self.kv_cache.flatten(0, 1).index_copy_(0, slots, row[: len(slots)].to(self.kv_cache.dtype))
+        assert slots is not None
+        cache.index_copy_(0, slots, row[: len(slots)].to(cache.dtype))
         out_NHC = q_NHW.new_zeros(*q_NHW.shape[:2], self.C)
         for bucket in metadata.buckets:
             token = bucket.token_BT
@@ -232,14 +260,28 @@ class DsaAttention(nn.Module, AttentionLayerBase):
         return sparse_mla(q_BTHW, row_BLW, selected_ids(mask_BTL, self.topk), self.C, self.scale)[0]
 
 
+class FusedExperts(Experts):
+    """Routed experts in vLLM's fused Triton kernels, which read the stacked weights as they are: none is ever stale.
+
+    Their fp32 products run in TF32, so this is for half precision.
+    """
+
+    def forward(self, x: Tensor, ids_NK: Tensor, gate_NK: Tensor) -> Tensor:
+        return fused_experts(x, self.gate_up_proj, self.down_proj, gate_NK.float(), ids_NK.int())
+
+
 class Layer(nn.Module):
     """One block: attention, then a dense or a routed feed-forward, each behind its norm."""
 
     def __init__(self, config: DeepseekV32Config, index: int, prefix: str):
         super().__init__()
         self.self_attn = DsaAttention(config, f"{prefix}.self_attn")
-        sparse = config.mlp_layer_types[index] == "sparse"
-        self.mlp = Moe(config, index) if sparse else Mlp(config.hidden_size, config.intermediate_size)
+        if config.mlp_layer_types[index] == "sparse":
+            half = torch.get_default_dtype() != torch.float32
+            experts = FusedExperts if half and _has_kernels(torch.get_default_device()) else Experts
+            self.mlp: nn.Module = Moe(config, index, experts(config))
+        else:
+            self.mlp = Mlp(config.hidden_size, config.intermediate_size)
         self.input_layernorm = Norm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = Norm(config.hidden_size, config.rms_norm_eps)
 
@@ -286,7 +328,9 @@ class DsaForCausalLM(nn.Module):
         if c.tie_word_embeddings:
             self.lm_head = Weight(self.model.embed_tokens.weight.data)
         positions = torch.arange(vllm_config.model_config.max_model_len)
-        cos, sin = DeepseekV32RotaryEmbedding(c)(torch.empty(0, dtype=torch.float32), positions[None])
+        with torch.device("cpu"):  # a GPU's powers differ in the last bit, which a long context multiplies
+            rotary = DeepseekV32RotaryEmbedding(c)
+        cos, sin = rotary.to(positions.device)(torch.empty(0, dtype=torch.float32), positions[None])
         half = c.qk_rope_head_dim // 2
         self._turn = torch.complex(cos[0, :, None, :half], sin[0, :, None, :half])
 
@@ -305,7 +349,10 @@ class DsaForCausalLM(nn.Module):
         return self.model(x, self._turn[positions])
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor:
-        return F.linear(hidden_states, self.lm_head.weight)
+        weight = self.lm_head.weight
+        if hidden_states.is_cuda and hidden_states.dtype != torch.float32:  # logits keep the sums' precision
+            return torch.mm(hidden_states, weight.T, out_dtype=torch.float32)
+        return F.linear(hidden_states, weight)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Copy weights in; routed experts come one by one, as in a checkpoint, or stacked, as in a trainer.

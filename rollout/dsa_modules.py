@@ -79,7 +79,8 @@ class Router(nn.Module):
 
     def __init__(self, config: Any):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size), requires_grad=False)
+        shape = (config.n_routed_experts, config.hidden_size)
+        self.weight = nn.Parameter(torch.empty(shape, dtype=torch.float32), requires_grad=False)  # as it is multiplied
         bias = torch.zeros(config.n_routed_experts, dtype=torch.float32)
         self.e_score_correction_bias = nn.Parameter(bias, requires_grad=False)
         self.groups, self.groups_kept = config.n_group, config.topk_group
@@ -88,7 +89,7 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Expert ids [N, K] and their gate weights [N, K] float32."""
-        score = F.linear(x.float(), self.weight.float()).sigmoid()
+        score = F.linear(x.float(), self.weight).sigmoid()
         choice = score + self.e_score_correction_bias
         if self.groups_kept < self.groups:
             grouped = choice.unflatten(-1, (self.groups, -1))
@@ -126,11 +127,11 @@ class Experts(nn.Module):
 class Moe(nn.Module):
     """Routed and shared experts. vLLM finds layer_id and capture_fn and records the routes through them."""
 
-    def __init__(self, config: Any, layer_id: int):
+    def __init__(self, config: Any, layer_id: int, experts: Experts):
         super().__init__()
         self.layer_id = layer_id
         self.capture_fn: Callable[[Tensor], None] | None = None
-        self.gate, self.experts = Router(config), Experts(config)
+        self.gate, self.experts = Router(config), experts
         self.shared_experts = Mlp(config.hidden_size, config.moe_intermediate_size * config.n_shared_experts)
 
     def forward(self, x: Tensor) -> Tensor:

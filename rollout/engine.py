@@ -16,6 +16,7 @@ ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_USE_DEEP_GEMM": "0",  # kernels for quantised weights, of which there are none
     "TORCHDYNAMO_DISABLE": "1",
     "TOKENIZERS_PARALLELISM": "false",
     # Buffers of a step are megabytes: taken from the system anew each time, their page faults cost more than the sums.
@@ -122,7 +123,7 @@ class Engine:
             enable_return_routed_experts=bool(self._moe_layers),
             weight_transfer_config={"backend": weights.BACKEND},
             **(_dsa_options(plugin.ARCHITECTURE) if policy["architectures"][0] == DSA else {}),
-            **_recording_options(),
+            **_device_options(),
         )
         self._llm.init_weight_transfer_engine({"init_info": {}})
 
@@ -192,11 +193,18 @@ class Engine:
             raise ValueError(f"{len(self._running)} requests are unfinished; load weights between requests")
         pairs = weights.items() if isinstance(weights, Mapping) else weights
         tensors = [(name, torch.as_tensor(weight)) for name, weight in pairs]
+        self._drain()
         self._llm.start_weight_update()
         self._llm.update_weights({"update_info": {"weights": tensors}})
         self._llm.finish_weight_update(weight_version=str(version))
         assert self._llm.reset_prefix_cache()
         self.version = version
+
+    def _drain(self) -> None:
+        """Finish the step that a GPU began ahead, for sequences that ended meanwhile: it holds blocks of the cache."""
+        core = self._llm.llm_engine.engine_core.engine_core
+        while core.batch_queue:
+            self._llm.llm_engine.step()
 
     def close(self) -> None:
         """Shut the engine down; nothing of it stays behind."""
@@ -228,10 +236,11 @@ def _dsa_options(architecture: str) -> dict[str, Any]:
     return {"hf_overrides": {"architectures": [architecture], "model_type": "trimtab_dsa"}, "block_size": 16}
 
 
-def _recording_options() -> dict[str, Any]:
+def _device_options() -> dict[str, Any]:
     """How kept sets are recorded here: by vLLM itself on a GPU, by our worker on a CPU."""
     if torch.cuda.is_available():
-        return {"return_sampling_mask": True}
+        # The cache's size is given, so this share need only be free at the start: others live on the same GPU.
+        return {"return_sampling_mask": True, "gpu_memory_utilization": 0.01}
     from trimtab.rollout.recording import RecordingCPUWorker, RecordingScheduler
 
     return {

@@ -5,6 +5,7 @@ import contextlib
 from typing import Any
 
 import ray
+import torch
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from trimtab.rollout.engine import ENVIRONMENT, Engine, EngineConfig
@@ -188,6 +189,12 @@ class Pool:
                 ray.get(actor.load_weights.remote(*self._weights), timeout=START_LIMIT_S)
         except (RayActorError, RayTaskError, GetTimeoutError) as again:
             self._replace(home, actor, again)
+
+
+def gpu_share(engines: int) -> float:
+    """The part of a GPU for each of so many engines, with as much left for a trainer; 0 where there is no GPU."""
+    share = torch.cuda.device_count() / (engines + 1)
+    return min(1.0, int(100 * share) / 100)
 
 
 async def _answer(actor: Any, reference: Any) -> Any:

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from trimtab.grpo import estimators
 from trimtab.kernels import reference
 
 NEVER = float("-inf")
@@ -181,3 +182,43 @@ def test_full_logp_equals_log_softmax_in_one_part_or_many(monkeypatch, logits_at
         strict=True,
     ):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-6)
+
+
+def test_entropies_equal_enumeration_and_carry_no_gradient():
+    hidden_SD, weight_VD, token_S = _head_case()
+    kept_SV = torch.rand(12, 11) < 0.3
+    kept_SV[torch.arange(12), token_S] = True
+    kept_SV[3] = torch.arange(11) == 4
+    kept_id_E, offset_S = kept_SV.nonzero()[:, 1], torch.nn.functional.pad(kept_SV.sum(1).cumsum(0), (1, 0))
+    logit_SV = hidden_SD @ weight_VD.T / 1.3
+    kept_S = reference.kept_entropy(hidden_SD, weight_VD, kept_id_E, offset_S, 1.3)
+    full_S = reference.full_entropy(hidden_SD, weight_VD, 1.3)
+    expected_S = torch.special.entr(logit_SV.masked_fill(~kept_SV, NEVER).softmax(-1)).sum(-1)
+    torch.testing.assert_close(kept_S, expected_S.detach(), rtol=0, atol=2e-6)
+    torch.testing.assert_close(full_S, torch.special.entr(logit_SV.softmax(-1)).sum(-1).detach(), rtol=0, atol=2e-6)
+    assert kept_S[3] == 0 and not kept_S.requires_grad and not full_S.requires_grad
+
+
+def test_kept_entropy_refuses_an_empty_set():
+    hidden_SD, weight_VD, _ = _head_case()
+    with pytest.raises(ValueError, match="kept no id"):
+        reference.kept_entropy(hidden_SD[:2], weight_VD, torch.tensor([3]), torch.tensor([0, 1, 1]), 1.0)
+
+
+@pytest.mark.parametrize("logits_at_once", [1, 11 * 5, 1 << 23])
+def test_full_kl_equals_the_estimator_of_the_logits_in_one_part_or_many(monkeypatch, logits_at_once):
+    monkeypatch.setattr(reference, "LOGITS_AT_ONCE", logits_at_once)
+    hidden_SD, weight_VD, _ = _head_case()
+    ref_hidden_SD = (hidden_SD + 0.3 * torch.randn_like(hidden_SD)).detach().requires_grad_()
+    ref_weight_VD = (weight_VD * 1.2).detach().requires_grad_()
+    kl_S = reference.full_kl(hidden_SD, ref_hidden_SD, weight_VD, ref_weight_VD, 1.3)
+    logit_SV, ref_logit_SV = hidden_SD @ weight_VD.T / 1.3, (ref_hidden_SD @ ref_weight_VD.T / 1.3).detach()
+    expected_S = estimators.full_kl(logit_SV, ref_logit_SV)
+    torch.testing.assert_close(kl_S, expected_S, rtol=0, atol=2e-6)
+    inputs = hidden_SD, weight_VD, ref_hidden_SD, ref_weight_VD
+    for ours, theirs in zip(
+        torch.autograd.grad(kl_S.sum(), inputs, allow_unused=True),
+        torch.autograd.grad(expected_S.sum(), inputs, allow_unused=True),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=3e-6)

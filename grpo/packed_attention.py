@@ -1,0 +1,131 @@
+"""DeepSeek Sparse Attention for training on a GPU: the two forms of grpo.attention in Triton, over packed sequences.
+
+Nothing is padded and no [N, N] tensor of numbers exists. Shape suffixes: N = tokens of a span, H = heads, D = head
+width, C = latent width, R = rotary width, V = value width, K = selected keys.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby, pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.grpo.attention import Attend, Index, Latents
+from trimtab.kernels import reference
+from trimtab.kernels.indexer import index_topk, selected_scores
+from trimtab.kernels.indexer_kl import dense_indexer_kl, sparse_prob
+from trimtab.kernels.masked_mha import masked_mha
+from trimtab.kernels.sparse_mla import sparse_mla
+
+SPARSE_FROM_TIMES_TOPK = 6
+"""Longer sequences use the sparse form: it needs 1088 multiplications for a head and a selected key, the masked form
+320 for a head and an earlier token."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """Neighbouring sequences that are attended to in one form."""
+
+    lengths: tuple[int, ...]
+    device: torch.device
+
+    @property
+    def T(self) -> int:
+        return max(self.lengths)
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.lengths)
+
+    @cached_property
+    def start_N(self) -> Tensor:
+        """First key that each query sees."""
+        length_B = torch.tensor(self.lengths, dtype=torch.int32)
+        return (length_B.cumsum(0, dtype=torch.int32) - length_B).repeat_interleave(length_B).to(self.device)
+
+    @cached_property
+    def end_N(self) -> Tensor:
+        """The key after the last that each query sees."""
+        return torch.arange(1, self.tokens + 1, dtype=torch.int32, device=self.device)
+
+    def pad(self, x_N: Tensor) -> Tensor:
+        return x_N
+
+    def unpad(self, x_N: Tensor) -> Tensor:
+        return x_N
+
+
+def spans_of(cu_seqlens: Tensor, topk: int, choose: Callable[[int, int], Attend]) -> list[Span]:
+    """Cut a pack where the form of attention changes.
+
+    Raises:
+        ValueError: cu_seqlens does not start at 0 or an entry is not above the one before.
+    """
+    offsets = cu_seqlens.tolist()
+    lengths = [end - start for start, end in pairwise(offsets)]
+    if offsets[:1] != [0] or not lengths or min(lengths) < 1:
+        raise ValueError(f"cu_seqlens must start at 0 and rise with every sequence, got {offsets}")
+    runs = groupby(lengths, key=lambda length: choose(length, topk))
+    return [Span(tuple(run), cu_seqlens.device) for _, run in runs]
+
+
+def attend_masked(
+    mla: nn.Module, latents: Latents, index: Index | None, span: Span, topk: int, with_kl: bool
+) -> tuple[Tensor, Tensor | None]:
+    """MLA as multi-head attention with the selection as a bit mask: time grows with the square of the length."""
+    m: Any = mla
+    q_NHD, latent_NC, k_rope_NR = latents
+    k_nope, v_NHV = (
+        m.kv_b_proj(latent_NC).unflatten(-1, (m.num_heads, -1)).split([m.qk_nope_head_dim, m.v_head_dim], -1)
+    )
+    k_NHD = torch.cat([k_nope, k_rope_NR[:, None].expand(-1, m.num_heads, -1)], -1)
+    ids_NK = _select(index, span, topk) if index is not None and topk < span.T else None
+    out_NHV, lse_NH = masked_mha(q_NHD, k_NHD, v_NHV, ids_NK, span.start_N, span.end_N, m.scaling)
+    if index is None or not with_kl:
+        return out_NHV, None
+    if ids_NK is not None:
+        with torch.no_grad():
+            q_NHC, row_NC, _ = _absorb(m, latents)
+        return out_NHV, _selected_kl(index, q_NHC, row_NC, ids_NK, lse_NH, m.scaling)
+    seen = (q_NHD.detach(), k_NHD.detach(), lse_NH, span.start_N, span.end_N, m.scaling)
+    return out_NHV, dense_indexer_kl(*index, *seen)
+
+
+def attend_selected(
+    mla: nn.Module, latents: Latents, index: Index | None, span: Span, topk: int, with_kl: bool
+) -> tuple[Tensor, Tensor | None]:
+    """MLA absorbed into multi-query attention over the selected rows: time grows with length times topk."""
+    if index is None or topk >= span.T:
+        return attend_masked(mla, latents, index, span, topk, with_kl)
+    m: Any = mla
+    q_NHC, row_NC, w_uv = _absorb(m, latents)
+    ids_NK = _select(index, span, topk)
+    out_NHC, lse_NH = sparse_mla(q_NHC, row_NC, ids_NK, m.kv_lora_rank, m.scaling)
+    kl_N = _selected_kl(index, q_NHC.detach(), row_NC.detach(), ids_NK, lse_NH, m.scaling) if with_kl else None
+    return torch.einsum("nhc,hvc->nhv", out_NHC, w_uv), kl_N
+
+
+def choose_attend(T: int, topk: int) -> Attend:
+    """The faster form for sequences of up to T tokens."""
+    return attend_selected if SPARSE_FROM_TIMES_TOPK * topk < T else attend_masked
+
+
+def _select(index: Index, span: Span, topk: int) -> Tensor:
+    q_NHD, k_ND, w_NH = (x.detach() for x in index)
+    return index_topk(q_NHD, k_ND, w_NH, span.start_N, span.end_N, topk)
+
+
+def _absorb(m: Any, latents: Latents) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries and rows in latent form, and the projection of values [H, V, C]."""
+    w_uk, w_uv = m.kv_b_proj.weight.unflatten(0, (m.num_heads, -1)).split([m.qk_nope_head_dim, m.v_head_dim], 1)
+    q_nope, q_rope = latents.q_BTHD.split([m.qk_nope_head_dim, m.qk_rope_head_dim], -1)
+    q_NHC = torch.cat([torch.einsum("nhd,hdc->nhc", q_nope, w_uk), q_rope], -1)
+    return q_NHC, torch.cat([latents.latent_BTC, latents.k_rope_BTR], -1), w_uv
+
+
+def _selected_kl(index: Index, q_NHC: Tensor, row_NC: Tensor, ids_NK: Tensor, lse_NH: Tensor, scale: float) -> Tensor:
+    prob_NK = sparse_prob(q_NHC, row_NC, ids_NK, lse_NH, scale)
+    return reference.indexer_kl(selected_scores(*index, ids_NK), prob_NK, ids_NK >= 0)

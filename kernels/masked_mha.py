@@ -1,0 +1,435 @@
+"""Multi-head attention over packed sequences in tiles: over all visible keys, or over a selection of them.
+
+Shape suffixes: N = queries of all packed sequences, M = keys, H = heads, D = query and key width, V = value width,
+K = selected keys of a query, W = words of 32 keys.
+
+A width that is no power of two is multiplied in two parts, a power of two and the padded rest: 192 = 128 + 64.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+LOG2_E = 1.4426950408889634
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+class Tile(NamedTuple):
+    """Queries and keys of one tile, and how a program runs it."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+
+FORWARD, QUERY_GRADIENT, KEY_GRADIENT = Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)
+"""For half precision and the widths 192 and 128: what an H200 runs fastest."""
+SMALL = Tile(32, 32, 4, 1)
+"""For fp32, whose products do not run on tensor cores."""
+
+
+def split_width(D: int) -> tuple[int, int]:
+    """Two powers of two (the second may be 0), each 0 or at least 16, whose sum covers D."""
+    head = max(16, 1 << (D.bit_length() - 1))
+    return head, max(16, triton.next_power_of_2(D - head)) if head < D else 0
+
+
+@triton.jit
+def load_rows(ptr, row, row_count, stride, FIRST: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Columns FIRST .. FIRST + BLOCK of rows of a matrix, zero past its last row and past WIDTH."""
+    column = FIRST + tl.arange(0, BLOCK)
+    inside = (row < row_count)[:, None] & (column < WIDTH)[None, :]
+    return tl.load(ptr + row.to(tl.int64)[:, None] * stride + column[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def store_rows(ptr, value, row, row_count, stride, FIRST: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """The inverse of load_rows."""
+    column = FIRST + tl.arange(0, BLOCK)
+    inside = (row < row_count)[:, None] & (column < WIDTH)[None, :]
+    place = ptr + row.to(tl.int64)[:, None] * stride + column[None, :]
+    tl.store(place, value.to(ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def visible(start, end, m):
+    """Whether key m[j] lies in the range of query i: one comparison, because a key before start wraps around."""
+    return (m - start).to(tl.uint32) < (end - start).to(tl.uint32)
+
+
+@triton.jit
+def _selection_bits_kernel(
+    ids_ptr, start_ptr, end_ptr, bits_ptr, K, W, BLOCK: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0).to(tl.int64)
+    start, end = tl.load(start_ptr + n), tl.load(end_ptr + n)
+    for first in range(0, K, BLOCK):
+        slot = first + tl.arange(0, BLOCK)
+        m = tl.load(ids_ptr + n * K + slot, mask=slot < K, other=-1)
+        word = m // 32 - start // 32
+        bit = (tl.full([BLOCK], 1, tl.int32) << (m % 32)).to(tl.int32)
+        # setting bits commutes: the order of these atomics does not show
+        tl.atomic_or(bits_ptr + n * W + word, bit, mask=(m >= start) & (m < end), sem="relaxed")
+
+
+def selection_bits(ids_NK: Tensor, start_N: Tensor, end_N: Tensor) -> Tensor:
+    """The selection as bits, 32 keys a word, counted from the word that holds the first visible key.
+
+        bit b of word w of row n  =  key 32 * (start[n] // 32 + w) + b is selected and visible
+
+    Returns:
+        [N, W] int32, W as the widest visible range needs.
+    """
+    N, K = ids_NK.shape
+    assert start_N.shape == end_N.shape == (N,), (ids_NK.shape, start_N.shape, end_N.shape)
+    widest = int((end_N - start_N // 32 * 32).max()) if N else 0
+    bits_NW = torch.zeros(N, max(1, triton.cdiv(widest, 32)), dtype=torch.int32, device=ids_NK.device)
+    if bits_NW.numel():
+        block = min(1024, triton.next_power_of_2(max(K, 1)))
+        ids_NK = ids_NK.to(torch.int32).contiguous()
+        _selection_bits_kernel[(N,)](ids_NK, start_N, end_N, bits_NW, K, bits_NW.shape[1], block)
+    return bits_NW
+
+
+@triton.jit
+def _words(bits_ptr, n, N, start, m0, W, J: tl.constexpr):
+    word = m0 // 32 - start // 32 + J
+    return tl.load(bits_ptr + n.to(tl.int64) * W + word, mask=(n < N) & (word >= 0) & (word < W), other=0)
+
+
+@triton.jit
+def _selected(bits_ptr, n, N, start, m0, W, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Whether each query of a tile selects each of its keys; m0 is a multiple of 32.  [BLOCK_N, BLOCK_M]"""
+    key = tl.arange(0, BLOCK_M)[None, :]
+    word = tl.zeros([BLOCK_N, BLOCK_M], tl.int32)
+    for j in tl.static_range(BLOCK_M // 32):
+        word = tl.where(key // 32 == j, _words(bits_ptr, n, N, start, m0, W, j)[:, None], word)
+    return ((word >> (key % 32)) & 1) != 0
+
+
+@triton.jit
+def _selected_transposed(bits_ptr, n, N, start, m0, W, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):
+    """The transpose of _selected, made in place: a tile's layout decides which of the two is free."""
+    key = tl.arange(0, BLOCK_M)[:, None]
+    word = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
+    for j in tl.static_range(BLOCK_M // 32):
+        word = tl.where(key // 32 == j, _words(bits_ptr, n, N, start, m0, W, j)[None, :], word)
+    return ((word >> (key % 32)) & 1) != 0
+
+
+@triton.jit
+def _query_ranges(start_ptr, end_ptr, n, N, BLOCK_M: tl.constexpr):
+    """Ranges of a tile of queries, and four key positions: every key is in [lo, hi), all see [full_lo, full_hi)."""
+    start = tl.load(start_ptr + n, mask=n < N, other=0)
+    end = tl.load(end_ptr + n, mask=n < N, other=0)
+    sees = start < end
+    lo = tl.min(tl.where(sees, start, 2147483647), 0) // BLOCK_M * BLOCK_M
+    hi = tl.max(tl.where(sees, end, 0), 0)
+    full_lo = tl.cdiv(tl.max(tl.where(n < N, start, 0), 0), BLOCK_M) * BLOCK_M
+    full_hi = tl.min(tl.where(n < N, end, 2147483647), 0) // BLOCK_M * BLOCK_M
+    full_lo = tl.minimum(tl.maximum(full_lo, lo), hi)
+    full_hi = tl.maximum(full_hi, full_lo)
+    return start, end, lo, hi, full_lo, full_hi
+
+
+@triton.jit
+def _forward_tiles(
+    acc, top, total, q, q_rest, n, start, end, lo, hi, k_ptr, v_ptr, bits_ptr, N, M, W, k_stride, v_stride, scale_log2,
+    D: tl.constexpr, D_HEAD: tl.constexpr, D_REST: tl.constexpr, V: tl.constexpr, V_BLOCK: tl.constexpr,
+    SELECTED: tl.constexpr, FULL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    for m0 in range(lo, hi, BLOCK_M):
+        m = m0 + tl.arange(0, BLOCK_M)
+        score = tl.dot(q, tl.trans(load_rows(k_ptr, m, M, k_stride, 0, D, D_HEAD)), input_precision=PRECISION)
+        if D_REST > 0:
+            k_rest = load_rows(k_ptr, m, M, k_stride, D_HEAD, D, D_REST)
+            score = tl.dot(q_rest, tl.trans(k_rest), score, input_precision=PRECISION)
+        if SELECTED:
+            score = tl.where(_selected(bits_ptr, n, N, start, m0, W, BLOCK_N, BLOCK_M), score, float("-inf"))
+        elif not FULL:
+            score = tl.where(visible(start[:, None], end[:, None], m[None, :]), score, float("-inf"))
+        new_top = tl.maximum(top, tl.max(score, 1) * scale_log2)
+        finite_top = tl.where(new_top == float("-inf"), 0.0, new_top)
+        prob = tl.exp2(score * scale_log2 - finite_top[:, None])
+        shrink = tl.exp2(top - finite_top)
+        total = total * shrink + tl.sum(prob, 1)
+        v = load_rows(v_ptr, m, M, v_stride, 0, V, V_BLOCK)
+        acc = tl.dot(prob.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+        top = new_top
+    return acc, top, total
+
+
+@triton.jit
+def _forward_kernel(
+    q_ptr, k_ptr, v_ptr, start_ptr, end_ptr, bits_ptr, out_ptr, lse_ptr, N, M, H, W, scale_log2,
+    D: tl.constexpr, D_HEAD: tl.constexpr, D_REST: tl.constexpr, V: tl.constexpr, V_BLOCK: tl.constexpr,
+    SELECTED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    h = tl.program_id(1).to(tl.int64)
+    block = tl.num_programs(0) - 1 - tl.program_id(0)  # late queries see most: the longest programs start first
+    n = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    start, end, lo, hi, full_lo, full_hi = _query_ranges(start_ptr, end_ptr, n, N, BLOCK_M)
+
+    q = load_rows(q_ptr + h * D, n, N, H * D, 0, D, D_HEAD)
+    q_rest = q
+    if D_REST > 0:
+        q_rest = load_rows(q_ptr + h * D, n, N, H * D, D_HEAD, D, D_REST)
+    acc = tl.zeros([BLOCK_N, V_BLOCK], tl.float32)
+    total = tl.zeros([BLOCK_N], tl.float32)
+    top = tl.full([BLOCK_N], float("-inf"), tl.float32)
+    k_ptr += h * D
+    v_ptr += h * V
+    if SELECTED:
+        acc, top, total = _forward_tiles(
+            acc, top, total, q, q_rest, n, start, end, lo, hi, k_ptr, v_ptr, bits_ptr, N, M, W, H * D, H * V,
+            scale_log2, D, D_HEAD, D_REST, V, V_BLOCK, True, False, BLOCK_N, BLOCK_M, PRECISION,
+        )  # fmt: skip
+    else:
+        acc, top, total = _forward_tiles(
+            acc, top, total, q, q_rest, n, start, end, lo, full_lo, k_ptr, v_ptr, bits_ptr, N, M, W, H * D, H * V,
+            scale_log2, D, D_HEAD, D_REST, V, V_BLOCK, False, False, BLOCK_N, BLOCK_M, PRECISION,
+        )  # fmt: skip
+        acc, top, total = _forward_tiles(
+            acc, top, total, q, q_rest, n, start, end, full_lo, full_hi, k_ptr, v_ptr, bits_ptr, N, M, W, H * D, H * V,
+            scale_log2, D, D_HEAD, D_REST, V, V_BLOCK, False, True, BLOCK_N, BLOCK_M, PRECISION,
+        )  # fmt: skip
+        acc, top, total = _forward_tiles(
+            acc, top, total, q, q_rest, n, start, end, full_hi, hi, k_ptr, v_ptr, bits_ptr, N, M, W, H * D, H * V,
+            scale_log2, D, D_HEAD, D_REST, V, V_BLOCK, False, False, BLOCK_N, BLOCK_M, PRECISION,
+        )  # fmt: skip
+
+    total = tl.where(total == 0.0, 1.0, total)  # no keys: acc is 0 and top -inf, as they should be
+    acc = acc / total[:, None]
+    store_rows(out_ptr + h * V, acc, n, N, H * V, 0, V, V_BLOCK)
+    tl.store(lse_ptr + n.to(tl.int64) * H + h, (top + tl.log2(total)) * LN_2, mask=n < N)
+
+
+@triton.jit
+def load_lse(lse_ptr, place, inside):
+    """Log2 of normalisers; +inf for a query without keys, and outside, whose probabilities are then 0."""
+    lse = tl.load(lse_ptr + place, mask=inside, other=float("-inf"))
+    return tl.where(lse == float("-inf"), float("inf"), lse / LN_2)
+
+
+@triton.jit
+def _query_gradient_kernel(
+    q_ptr, k_ptr, v_ptr, start_ptr, end_ptr, bits_ptr, out_ptr, lse_ptr, dout_ptr, delta_ptr, dq_ptr,
+    N, M, H, W, scale_log2,
+    D: tl.constexpr, D_HEAD: tl.constexpr, D_REST: tl.constexpr, V: tl.constexpr, V_BLOCK: tl.constexpr,
+    SELECTED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    h = tl.program_id(1).to(tl.int64)
+    block = tl.num_programs(0) - 1 - tl.program_id(0)
+    n = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    start, end, lo, hi, _, _ = _query_ranges(start_ptr, end_ptr, n, N, BLOCK_M)
+
+    dout = load_rows(dout_ptr + h * V, n, N, H * V, 0, V, V_BLOCK)
+    out = load_rows(out_ptr + h * V, n, N, H * V, 0, V, V_BLOCK)
+    delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
+    tl.store(delta_ptr + n.to(tl.int64) * H + h, delta, mask=n < N)
+    lse = load_lse(lse_ptr + h, n.to(tl.int64) * H, n < N)
+    q = load_rows(q_ptr + h * D, n, N, H * D, 0, D, D_HEAD)
+    dq = tl.zeros([BLOCK_N, D_HEAD], tl.float32)
+    if D_REST > 0:
+        q_rest = load_rows(q_ptr + h * D, n, N, H * D, D_HEAD, D, D_REST)
+        dq_rest = tl.zeros([BLOCK_N, D_REST], tl.float32)
+
+    for m0 in range(lo, hi, BLOCK_M):
+        m = m0 + tl.arange(0, BLOCK_M)
+        k = load_rows(k_ptr + h * D, m, M, H * D, 0, D, D_HEAD)
+        score = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        if D_REST > 0:
+            k_rest = load_rows(k_ptr + h * D, m, M, H * D, D_HEAD, D, D_REST)
+            score = tl.dot(q_rest, tl.trans(k_rest), score, input_precision=PRECISION)
+        v = load_rows(v_ptr + h * V, m, M, H * V, 0, V, V_BLOCK)
+        dprob = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
+        if SELECTED:
+            seen = _selected(bits_ptr, n, N, start, m0, W, BLOCK_N, BLOCK_M)
+        else:
+            seen = visible(start[:, None], end[:, None], m[None, :])
+        prob = tl.exp2(tl.where(seen, score, float("-inf")) * scale_log2 - lse[:, None])
+        dscore = (prob * (dprob - delta[:, None])).to(k.dtype)
+        dq = tl.dot(dscore, k, dq, input_precision=PRECISION)
+        if D_REST > 0:
+            dq_rest = tl.dot(dscore, k_rest, dq_rest, input_precision=PRECISION)
+
+    scale = scale_log2 * LN_2
+    store_rows(dq_ptr + h * D, dq * scale, n, N, H * D, 0, D, D_HEAD)
+    if D_REST > 0:
+        store_rows(dq_ptr + h * D, dq_rest * scale, n, N, H * D, D_HEAD, D, D_REST)
+
+
+@triton.jit
+def _seen_by_kernel(start_ptr, end_ptr, span_ptr, N, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr):
+    m0 = tl.program_id(0) * BLOCK_M
+    first, last = N, 0
+    for n0 in range(0, N, BLOCK):
+        n = n0 + tl.arange(0, BLOCK)
+        start = tl.load(start_ptr + n, mask=n < N, other=0)
+        end = tl.load(end_ptr + n, mask=n < N, other=0)
+        sees = (start < end) & (start < m0 + BLOCK_M) & (end > m0)
+        first = tl.minimum(first, tl.min(tl.where(sees, n, N), 0))
+        last = tl.maximum(last, tl.max(tl.where(sees, n + 1, 0), 0))
+    tl.store(span_ptr + tl.program_id(0) * 2, first)
+    tl.store(span_ptr + tl.program_id(0) * 2 + 1, last)
+
+
+def seen_by(start_N: Tensor, end_N: Tensor, M: int, block: int) -> Tensor:
+    """First query, and last query + 1, that see any key of each block of keys.
+
+    Returns:
+        [ceil(M / block), 2] int32; (N, 0) for a block that nobody sees.
+    """
+    assert start_N.shape == end_N.shape, (start_N.shape, end_N.shape)
+    span = torch.empty(triton.cdiv(M, block), 2, dtype=torch.int32, device=start_N.device)
+    _seen_by_kernel[(len(span),)](start_N, end_N, span, len(start_N), block, 1024)
+    return span
+
+
+@triton.jit
+def _key_gradient_kernel(
+    q_ptr, k_ptr, v_ptr, start_ptr, end_ptr, bits_ptr, lse_ptr, dout_ptr, delta_ptr, span_ptr, dk_ptr, dv_ptr,
+    N, M, H, W, scale_log2,
+    D: tl.constexpr, D_HEAD: tl.constexpr, D_REST: tl.constexpr, V: tl.constexpr, V_BLOCK: tl.constexpr,
+    SELECTED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    h = tl.program_id(1).to(tl.int64)
+    m0 = tl.program_id(0) * BLOCK_M
+    m = m0 + tl.arange(0, BLOCK_M)
+    first = tl.load(span_ptr + tl.program_id(0) * 2) // BLOCK_N * BLOCK_N
+    last = tl.load(span_ptr + tl.program_id(0) * 2 + 1)
+
+    k = load_rows(k_ptr + h * D, m, M, H * D, 0, D, D_HEAD)
+    v = load_rows(v_ptr + h * V, m, M, H * V, 0, V, V_BLOCK)
+    dk = tl.zeros([BLOCK_M, D_HEAD], tl.float32)
+    dv = tl.zeros([BLOCK_M, V_BLOCK], tl.float32)
+    if D_REST > 0:
+        k_rest = load_rows(k_ptr + h * D, m, M, H * D, D_HEAD, D, D_REST)
+        dk_rest = tl.zeros([BLOCK_M, D_REST], tl.float32)
+
+    for n0 in range(first, last, BLOCK_N):
+        n = n0 + tl.arange(0, BLOCK_N)
+        start = tl.load(start_ptr + n, mask=n < N, other=0)
+        q = load_rows(q_ptr + h * D, n, N, H * D, 0, D, D_HEAD)
+        score = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+        if D_REST > 0:
+            q_rest = load_rows(q_ptr + h * D, n, N, H * D, D_HEAD, D, D_REST)
+            score = tl.dot(k_rest, tl.trans(q_rest), score, input_precision=PRECISION)
+        if SELECTED:
+            seen = _selected_transposed(bits_ptr, n, N, start, m0, W, BLOCK_N, BLOCK_M)
+        else:
+            end = tl.load(end_ptr + n, mask=n < N, other=0)
+            seen = visible(start[None, :], end[None, :], m[:, None])
+        lse = load_lse(lse_ptr + h, n.to(tl.int64) * H, n < N)
+        prob = tl.exp2(tl.where(seen, score, float("-inf")) * scale_log2 - lse[None, :])
+        dout = load_rows(dout_ptr + h * V, n, N, H * V, 0, V, V_BLOCK)
+        dv = tl.dot(prob.to(dout.dtype), dout, dv, input_precision=PRECISION)
+        dprob = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
+        delta = tl.load(delta_ptr + n.to(tl.int64) * H + h, mask=n < N, other=0.0)
+        dscore = (prob * (dprob - delta[None, :])).to(q.dtype)
+        dk = tl.dot(dscore, q, dk, input_precision=PRECISION)
+        if D_REST > 0:
+            dk_rest = tl.dot(dscore, q_rest, dk_rest, input_precision=PRECISION)
+
+    scale = scale_log2 * LN_2
+    store_rows(dk_ptr + h * D, dk * scale, m, M, H * D, 0, D, D_HEAD)
+    store_rows(dv_ptr + h * V, dv, m, M, H * V, 0, V, V_BLOCK)
+    if D_REST > 0:
+        store_rows(dk_ptr + h * D, dk_rest * scale, m, M, H * D, D_HEAD, D, D_REST)
+
+
+class _MaskedMha(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, q_NHD: Tensor, k_MHD: Tensor, v_MHV: Tensor, bits_NW: Tensor | None, start_N: Tensor,
+        end_N: Tensor, scale: float,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        (N, H, _), V = q_NHD.shape, v_MHV.shape[-1]
+        out_NHV = torch.empty(N, H, V, dtype=q_NHD.dtype, device=q_NHD.device)
+        lse_NH = torch.empty(N, H, dtype=torch.float32, device=q_NHD.device)
+        tile, sizes = _launch(FORWARD, q_NHD, k_MHD, v_MHV, bits_NW, scale)
+        _forward_kernel[(triton.cdiv(N, tile.queries), H)](
+            q_NHD, k_MHD, v_MHV, start_N, end_N, bits_NW, out_NHV, lse_NH, *sizes,
+            num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+        ctx.save_for_backward(q_NHD, k_MHD, v_MHV, bits_NW, start_N, end_N, out_NHV, lse_NH)
+        ctx.scale = scale  # type: ignore[attr-defined]
+        ctx.mark_non_differentiable(lse_NH)
+        return out_NHV, lse_NH
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout_NHV: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        q_NHD, k_MHD, v_MHV, bits_NW, start_N, end_N, out_NHV, lse_NH = ctx.saved_tensors
+        (N, H, _), M, dout_NHV = q_NHD.shape, len(k_MHD), dout_NHV.contiguous()
+        dq_NHD, dk_MHD, dv_MHV = torch.empty_like(q_NHD), torch.empty_like(k_MHD), torch.empty_like(v_MHV)
+        delta_NH = torch.empty_like(lse_NH)
+        tile, sizes = _launch(QUERY_GRADIENT, q_NHD, k_MHD, v_MHV, bits_NW, ctx.scale)
+        _query_gradient_kernel[(triton.cdiv(N, tile.queries), H)](
+            q_NHD, k_MHD, v_MHV, start_N, end_N, bits_NW, out_NHV, lse_NH, dout_NHV, delta_NH, dq_NHD, *sizes,
+            num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+        tile, sizes = _launch(KEY_GRADIENT, q_NHD, k_MHD, v_MHV, bits_NW, ctx.scale)
+        span = seen_by(start_N, end_N, M, tile.keys)
+        _key_gradient_kernel[(triton.cdiv(M, tile.keys), H)](
+            q_NHD, k_MHD, v_MHV, start_N, end_N, bits_NW, lse_NH, dout_NHV, delta_NH, span, dk_MHD, dv_MHV, *sizes,
+            num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+        return dq_NHD, dk_MHD, dv_MHV, None, None, None, None
+
+
+def _launch(
+    tile: Tile, q_NHD: Tensor, k_MHD: Tensor, v_MHV: Tensor, bits_NW: Tensor | None, scale: float
+) -> tuple[Tile, tuple]:
+    """The tile for a type, and the sizes that close every kernel's arguments."""
+    (N, H, D), (M, _, V) = q_NHD.shape, v_MHV.shape
+    if q_NHD.dtype == torch.float32:
+        tile = SMALL
+    words = 0 if bits_NW is None else bits_NW.shape[1]
+    widths = D, *split_width(D), V, max(16, triton.next_power_of_2(V))
+    precision = "ieee" if q_NHD.dtype == torch.float32 else None
+    return tile, (N, M, H, words, scale * LOG2_E, *widths, bits_NW is not None, tile.queries, tile.keys, precision)
+
+
+def masked_mha(
+    q_NHD: Tensor,
+    k_MHD: Tensor,
+    v_MHV: Tensor,
+    ids_NK: Tensor | None,
+    start_N: Tensor,
+    end_N: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Attention of each query to its selected keys, or to every key m with start[n] <= m < end[n].
+
+        O[n, h] = sum_m softmax_m(scale * q[n, h] . k[m, h]) v[m, h]
+
+    [FlashAttention-2, algorithms 1-2] with the selection as bits. Differentiable in q, k and v, through O only; the
+    same bits on every run. Beside the results it holds one bit for each query and key of the widest range.
+
+    Args:
+        ids_NK: selected keys, unique in a row, -1 unused; None for all visible keys. Ids out of range are dropped.
+        start_N, end_N: int32; an empty range is legal.
+
+    Returns:
+        O [N, H, V] in q's dtype, zero for a query without keys; lse [N, H] float32, natural logarithm, then -inf.
+
+    Raises:
+        ValueError: the scale is not positive.
+    """
+    (N, H, D), M = q_NHD.shape, len(k_MHD)
+    assert k_MHD.shape == (M, H, D) and v_MHV.shape[:2] == (M, H), (q_NHD.shape, k_MHD.shape, v_MHV.shape)
+    assert start_N.shape == end_N.shape == (N,), (start_N.shape, end_N.shape)
+    assert q_NHD.dtype == k_MHD.dtype == v_MHV.dtype, (q_NHD.dtype, k_MHD.dtype, v_MHV.dtype)
+    assert start_N.dtype == end_N.dtype == torch.int32, (start_N.dtype, end_N.dtype)
+    if scale <= 0:
+        raise ValueError(f"scale must be positive, not {scale}")
+    start_N, end_N = start_N.contiguous(), end_N.contiguous()
+    bits_NW = None if ids_NK is None else selection_bits(ids_NK, start_N, end_N)
+    return _MaskedMha.apply(q_NHD.contiguous(), k_MHD.contiguous(), v_MHV.contiguous(), bits_NW, start_N, end_N, scale)

@@ -1,0 +1,417 @@
+"""Forward of sparse_mla on Hopper, in Gluon: one producer and two consumer warp groups. Spec: reference.sparse_mla.
+
+A program serves one query and 64 heads. The producer gathers rows into two buffers of 64 keys with cp.async. The
+first consumer computes scores and probabilities and the left half of the values, the second the right half; so the
+tensor cores multiply for one while the other waits. Probabilities travel through the rope part of the key buffer,
+which nobody needs any more by then.
+"""
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    async_copy,
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+HEADS = gl.constexpr(64)
+KEYS = gl.constexpr(64)
+HALF = gl.constexpr(256)
+ROPE = gl.constexpr(64)
+STAGES = gl.constexpr(2)
+LOG2E = gl.constexpr(1.4426950408889634)
+PRODUCER_THREADS = gl.constexpr(128)
+
+
+@gluon.jit
+def _tiles(ids_ptr, K, K_PADDED: gl.constexpr):
+    """Tiles of keys up to the last used id."""
+    slot = gl.arange(0, K_PADDED, layout=gl.BlockedLayout([4], [32], [4], [0]))
+    used = gl.load(ids_ptr + slot, mask=slot < K, other=-1) >= 0
+    return gl.cdiv(gl.max(gl.where(used, slot + 1, 0), 0), KEYS)
+
+
+@gluon.jit
+def _gather(smem, row_ptr, first_column, mask, layout: gl.constexpr, WIDTH: gl.constexpr):
+    column = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, layout))
+    pointer = row_ptr[:, None] + (first_column + column)[None, :]
+    async_copy.async_copy_global_to_shared(smem, pointer, mask=mask)
+
+
+@gluon.jit
+def _produce(
+    q_ptr, q_stride, kv_ptr, kv_stride, ids_ptr, heads, tiles, K, q_l, q_r, q_t, k_l, k_r, k_t, q_full, full, empty,
+):  # fmt: skip
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    rows: gl.constexpr = gl.SliceLayout(1, layout)
+    head = gl.arange(0, HEADS, layout=rows)
+    head_ptr = q_ptr + head * q_stride
+    real = (head < heads)[:, None]
+    _gather(q_l, head_ptr, 0, real, layout, HALF)
+    _gather(q_r, head_ptr, HALF, real, layout, HALF)
+    _gather(q_t, head_ptr, 2 * HALF, real, layout, ROPE)
+    async_copy.mbarrier_arrive(q_full, increment_count=False)
+    slot = gl.arange(0, KEYS, layout=rows)
+    ids = gl.load(ids_ptr + slot, mask=slot < K, other=0)
+    for i in range(tiles):
+        stage = i % STAGES
+        row_ptr = kv_ptr + gl.maximum(ids, 0).to(gl.int64) * kv_stride
+        slot += KEYS
+        ids = gl.load(ids_ptr + slot, mask=slot < K, other=0)
+        mbarrier.wait(empty.index(stage), ((i // STAGES) & 1) ^ 1)
+        _gather(k_l.index(stage), row_ptr, 0, None, layout, HALF)
+        _gather(k_r.index(stage), row_ptr, HALF, None, layout, HALF)
+        _gather(k_t.index(stage), row_ptr, 2 * HALF, None, layout, ROPE)
+        async_copy.mbarrier_arrive(full.index(stage), increment_count=False)
+
+
+@gluon.jit
+def _store(smem, out, out_ptr, out_stride, heads, WIDTH: gl.constexpr):
+    """Through shared memory, so that the stores to memory are wide."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    smem.store(out)
+    gl.thread_barrier()
+    head = gl.arange(0, HEADS, layout=gl.SliceLayout(1, layout))
+    column = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, layout))
+    pointer = out_ptr + head[:, None] * out_stride + column[None, :]
+    gl.store(pointer, smem.load(layout), mask=(head < heads)[:, None])
+
+
+@gluon.jit
+def _attend_left(
+    ids_ptr, out_ptr, out_stride, lse_ptr, heads, tiles, K, scale,
+    q_l, q_r, q_t, k_l, k_r, k_t, factor, q_full, full, empty, ready, done,
+):  # fmt: skip
+    score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16])
+    slot = gl.arange(0, KEYS, layout=gl.SliceLayout(0, score_layout))
+    top = gl.full([HEADS], float("-inf"), gl.float32, layout=gl.SliceLayout(1, score_layout))
+    total = gl.full([HEADS], 0.0, gl.float32, layout=gl.SliceLayout(1, score_layout))
+    none = gl.zeros([HEADS, KEYS], gl.float32, layout=score_layout)
+    out = gl.zeros([HEADS, HALF], gl.float32, layout=out_layout)
+    ids = gl.load(ids_ptr + slot, mask=slot < K, other=-1)
+    mbarrier.wait(q_full, 0)
+    for i in range(tiles):
+        stage = i % STAGES
+        mbarrier.wait(full.index(stage), (i // STAGES) & 1)
+        fence_async_shared()
+        score = warpgroup_mma(q_l, k_l.index(stage).permute((1, 0)), none, use_acc=False, is_async=True)
+        score = warpgroup_mma(q_r, k_r.index(stage).permute((1, 0)), score, is_async=True)
+        score = warpgroup_mma(q_t, k_t.index(stage).permute((1, 0)), score, is_async=True)
+        score = warpgroup_mma_wait(0, deps=[score])
+        score = gl.where((ids >= 0)[None, :], score * scale, float("-inf"))
+        slot += KEYS
+        ids = gl.load(ids_ptr + slot, mask=slot < K, other=-1)
+        new_top = gl.maximum(top, gl.max(score, 1))
+        finite_top = gl.where(new_top == float("-inf"), 0.0, new_top)
+        prob = gl.exp2(score - finite_top[:, None])
+        rescale = gl.exp2(top - finite_top)
+        top = new_top
+        total = total * rescale + gl.sum(prob, 1)
+        k_t.index(stage).store(prob.to(k_t.dtype))
+        factor.index(stage).store(rescale)
+        fence_async_shared()
+        mbarrier.arrive(ready.index(stage))
+        out = out * gl.convert_layout(rescale, gl.SliceLayout(1, out_layout))[:, None]
+        out = warpgroup_mma(k_t.index(stage), k_l.index(stage), out)
+        mbarrier.arrive(empty.index(stage))
+    inverse = gl.where(total > 0, 1.0 / total, 0.0)
+    factor.index(STAGES).store(inverse)
+    mbarrier.arrive(done)
+    out = out * gl.convert_layout(inverse, gl.SliceLayout(1, out_layout))[:, None]
+    _store(q_l, out.to(q_l.dtype), out_ptr, out_stride, heads, HALF)
+    head = gl.arange(0, HEADS, layout=gl.SliceLayout(1, score_layout))
+    lse = gl.where(total > 0, (top + gl.log2(total)) / LOG2E, float("-inf"))
+    gl.store(lse_ptr + head, lse, mask=head < heads)
+
+
+@gluon.jit
+def _attend_right(out_ptr, out_stride, heads, tiles, q_r, k_r, k_t, factor, full, empty, ready, done):
+    out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16])
+    row: gl.constexpr = gl.SliceLayout(1, out_layout)
+    out = gl.zeros([HEADS, HALF], gl.float32, layout=out_layout)
+    for i in range(tiles):
+        stage = i % STAGES
+        phase = (i // STAGES) & 1
+        mbarrier.wait(full.index(stage), phase)
+        mbarrier.wait(ready.index(stage), phase)
+        fence_async_shared()
+        out = out * factor.index(stage).load(row)[:, None]
+        out = warpgroup_mma(k_t.index(stage), k_r.index(stage), out)
+        mbarrier.arrive(empty.index(stage))
+    mbarrier.wait(done, 0)
+    out = out * factor.index(STAGES).load(row)[:, None]
+    _store(q_r, out.to(q_r.dtype), out_ptr + HALF, out_stride, heads, HALF)
+
+
+@gluon.jit
+def _forward_kernel(
+    q_ptr, kv_ptr, kv_stride, ids_ptr, out_ptr, lse_ptr, H, K, scale,
+    K_PADDED: gl.constexpr,
+):  # fmt: skip
+    blocks = gl.cdiv(H, HEADS)
+    n = (gl.program_id(0) // blocks).to(gl.int64)
+    first_head = (gl.program_id(0) % blocks) * HEADS
+    heads = H - first_head
+    width: gl.constexpr = 2 * HALF + ROPE
+    dtype: gl.constexpr = q_ptr.dtype.element_ty
+    q_ptr += (n * H + first_head) * width
+    out_ptr += (n * H + first_head) * (2 * HALF)
+    lse_ptr += n * H + first_head
+    ids_ptr += n * K
+    tiles = _tiles(ids_ptr, K, K_PADDED)
+
+    wide: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HEADS, HALF], dtype)
+    narrow: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HEADS, ROPE], dtype)
+    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    q_l = gl.allocate_shared_memory(dtype, [HEADS, HALF], wide)
+    q_r = gl.allocate_shared_memory(dtype, [HEADS, HALF], wide)
+    q_t = gl.allocate_shared_memory(dtype, [HEADS, ROPE], narrow)
+    k_l = gl.allocate_shared_memory(dtype, [STAGES, KEYS, HALF], wide)
+    k_r = gl.allocate_shared_memory(dtype, [STAGES, KEYS, HALF], wide)
+    k_t = gl.allocate_shared_memory(dtype, [STAGES, KEYS, ROPE], narrow)
+    factor = gl.allocate_shared_memory(gl.float32, [STAGES + 1, HEADS], flat)
+    bars: gl.constexpr = mbarrier.MBarrierLayout()
+    q_full = gl.allocate_shared_memory(gl.int64, [1], bars)
+    done = gl.allocate_shared_memory(gl.int64, [1], bars)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars)
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars)
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars)
+    mbarrier.init(q_full, count=PRODUCER_THREADS)
+    mbarrier.init(done, count=1)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=PRODUCER_THREADS)
+        mbarrier.init(empty.index(i), count=2)
+        mbarrier.init(ready.index(i), count=1)
+    fence_async_shared()
+    gl.thread_barrier()
+    left = (
+        ids_ptr, out_ptr, 2 * HALF, lse_ptr, heads, tiles, K, scale * LOG2E,
+        q_l, q_r, q_t, k_l, k_r, k_t, factor, q_full, full, empty, ready, done,
+    )  # fmt: skip
+    right = (out_ptr, 2 * HALF, heads, tiles, q_r, k_r, k_t, factor, full, empty, ready, done)
+    gather = (
+        q_ptr, width, kv_ptr, kv_stride, ids_ptr, heads, tiles, K,
+        q_l, q_r, q_t, k_l, k_r, k_t, q_full, full, empty,
+    )  # fmt: skip
+    gl.warp_specialize([(_attend_left, left), (_attend_right, right), (_produce, gather)], [4, 4], [176, 88])
+
+
+def supported(q_NHC: Tensor, kv_MC: Tensor, value_dim: int) -> bool:
+    """Whether forward can run: a Hopper GPU, 16-bit values, rows of 512 + 64, and heads that fill its blocks."""
+    return (
+        torch.cuda.get_device_capability(q_NHC.device)[0] == 9
+        and q_NHC.dtype in (torch.bfloat16, torch.float16)
+        and (q_NHC.shape[-1], value_dim) == (576, 512)
+        and q_NHC.shape[1] > 32
+    )
+
+
+def forward(q_NHC: Tensor, kv_MC: Tensor, ids_NK: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """O [N, H, 512] and lse [N, H] of reference.sparse_mla."""
+    N, H, _ = q_NHC.shape
+    K = ids_NK.shape[1]
+    out_NHV = q_NHC.new_empty(N, H, 512)
+    lse_NH = torch.empty(N, H, dtype=torch.float32, device=q_NHC.device)
+    grid = (N * -(-H // 64),)
+    padded = max(512, 1 << (K - 1).bit_length())
+    _forward_kernel[grid](
+        q_NHC, kv_MC, kv_MC.stride(0), ids_NK, out_NHV, lse_NH, H, K, scale, padded, num_warps=4,
+    )  # fmt: skip
+    return out_NHV, lse_NH
+
+
+@gluon.jit
+def _produce_twice(
+    q_ptr, grad_ptr, kv_ptr, kv_stride, ids_ptr, heads, tiles, K,
+    q_l, q_r, q_t, g_l, g_r, k_l, k_r, k_t, still, full_l, full_r, empty_l, empty_r,
+):  # fmt: skip
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    rows: gl.constexpr = gl.SliceLayout(1, layout)
+    head = gl.arange(0, HEADS, layout=rows)
+    real = (head < heads)[:, None]
+    q_row = q_ptr + head * (2 * HALF + ROPE)
+    g_row = grad_ptr + head * (2 * HALF)
+    _gather(q_l, q_row, 0, real, layout, HALF)
+    _gather(q_r, q_row, HALF, real, layout, HALF)
+    _gather(q_t, q_row, 2 * HALF, real, layout, ROPE)
+    _gather(g_l, g_row, 0, real, layout, HALF)
+    _gather(g_r, g_row, HALF, real, layout, HALF)
+    async_copy.mbarrier_arrive(still, increment_count=False)
+    slot = gl.arange(0, KEYS, layout=rows)
+    ids = gl.load(ids_ptr + slot, mask=slot < K, other=0)
+    for i in range(tiles):
+        row_ptr = kv_ptr + gl.maximum(ids, 0).to(gl.int64) * kv_stride
+        slot += KEYS
+        ids = gl.load(ids_ptr + slot, mask=slot < K, other=0)
+        mbarrier.wait(empty_l, (i & 1) ^ 1)
+        _gather(k_l, row_ptr, 0, None, layout, HALF)
+        _gather(k_t, row_ptr, 2 * HALF, None, layout, ROPE)
+        async_copy.mbarrier_arrive(full_l, increment_count=False)
+        mbarrier.wait(empty_r, (i & 1) ^ 1)
+        _gather(k_r, row_ptr, HALF, None, layout, HALF)
+        async_copy.mbarrier_arrive(full_r, increment_count=False)
+
+
+@gluon.jit
+def _store_tile(smem, out_ptr, K, heads, first):
+    """[HEADS, KEYS] of shared memory into rows of K."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    head = gl.arange(0, HEADS, layout=gl.SliceLayout(1, layout))
+    slot = first + gl.arange(0, KEYS, layout=gl.SliceLayout(0, layout))
+    mask = (head < heads)[:, None] & (slot < K)[None, :]
+    gl.store(out_ptr + head[:, None] * K + slot[None, :], smem.load(layout), mask=mask)
+
+
+@gluon.jit
+def _gradient_left(
+    ids_ptr, lse_ptr, dq_ptr, prob_ptr, heads, tiles, K, scale,
+    q_l, q_r, q_t, k_l, k_r, k_t, p_mem, ds_mem, still, full_l, full_r, empty_l, p_ready, ds_ready,
+):  # fmt: skip
+    score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16])
+    slot = gl.arange(0, KEYS, layout=gl.SliceLayout(0, score_layout))
+    head = gl.arange(0, HEADS, layout=gl.SliceLayout(1, score_layout))
+    lse = gl.load(lse_ptr + head, mask=head < heads, other=float("inf"))
+    lse = gl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
+    dq_l = gl.zeros([HEADS, HALF], gl.float32, layout=out_layout)
+    dq_t = gl.zeros([HEADS, ROPE], gl.float32, layout=score_layout)
+    mbarrier.wait(still, 0)
+    for i in range(tiles):
+        ids = gl.load(ids_ptr + i * KEYS + slot, mask=i * KEYS + slot < K, other=-1)
+        none = gl.zeros([HEADS, KEYS], gl.float32, layout=score_layout)
+        mbarrier.wait(full_l, i & 1)
+        fence_async_shared()
+        score = warpgroup_mma(q_l, k_l.permute((1, 0)), none, use_acc=False, is_async=True)
+        score = warpgroup_mma(q_t, k_t.permute((1, 0)), score, is_async=True)
+        score = warpgroup_mma_wait(0, deps=[score])
+        mbarrier.wait(full_r, i & 1)
+        fence_async_shared()
+        score = warpgroup_mma(q_r, k_r.permute((1, 0)), score)
+        prob = gl.where((ids >= 0)[None, :], gl.exp2(score * scale - lse[:, None]), 0.0)
+        p_mem.store(prob.to(p_mem.dtype))
+        mbarrier.arrive(p_ready)
+        _store_tile(p_mem, prob_ptr, K, heads, i * KEYS)
+        mbarrier.wait(ds_ready, i & 1)
+        dq_l = warpgroup_mma(ds_mem, k_l, dq_l, is_async=True)
+        dq_t = warpgroup_mma(ds_mem, k_t, dq_t, is_async=True)
+        dq_l, dq_t = warpgroup_mma_wait(0, deps=[dq_l, dq_t])
+        mbarrier.arrive(empty_l)
+    _store(q_l, dq_l.to(q_l.dtype), dq_ptr, 2 * HALF + ROPE, heads, HALF)
+    _store(q_t, dq_t.to(q_t.dtype), dq_ptr + 2 * HALF, 2 * HALF + ROPE, heads, ROPE)
+
+
+@gluon.jit
+def _gradient_right(
+    delta_ptr, dq_ptr, dscore_ptr, heads, tiles, K, scale,
+    g_l, g_r, k_l, k_r, p_mem, ds_mem, still, full_l, full_r, empty_r, p_ready, ds_ready,
+):  # fmt: skip
+    score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16])
+    head = gl.arange(0, HEADS, layout=gl.SliceLayout(1, score_layout))
+    delta = gl.load(delta_ptr + head, mask=head < heads, other=0.0)
+    dq_r = gl.zeros([HEADS, HALF], gl.float32, layout=out_layout)
+    mbarrier.wait(still, 0)
+    for i in range(tiles):
+        none = gl.zeros([HEADS, KEYS], gl.float32, layout=score_layout)
+        mbarrier.wait(full_l, i & 1)
+        fence_async_shared()
+        dprob = warpgroup_mma(g_l, k_l.permute((1, 0)), none, use_acc=False)
+        mbarrier.wait(full_r, i & 1)
+        fence_async_shared()
+        dprob = warpgroup_mma(g_r, k_r.permute((1, 0)), dprob)
+        mbarrier.wait(p_ready, i & 1)
+        prob = p_mem.load(score_layout).to(gl.float32)
+        ds_mem.store((prob * (dprob - delta[:, None]) * scale).to(ds_mem.dtype))
+        fence_async_shared()
+        mbarrier.arrive(ds_ready)
+        _store_tile(ds_mem, dscore_ptr, K, heads, i * KEYS)
+        dq_r = warpgroup_mma(ds_mem, k_r, dq_r)
+        mbarrier.arrive(empty_r)
+    _store(g_r, dq_r.to(g_r.dtype), dq_ptr + HALF, 2 * HALF + ROPE, heads, HALF)
+
+
+@gluon.jit
+def _gradient_kernel(
+    q_ptr, kv_ptr, kv_stride, ids_ptr, grad_ptr, lse_ptr, delta_ptr, dq_ptr, prob_ptr, dscore_ptr, H, K, scale,
+    K_PADDED: gl.constexpr,
+):  # fmt: skip
+    blocks = gl.cdiv(H, HEADS)
+    n = (gl.program_id(0) // blocks).to(gl.int64)
+    first_head = (gl.program_id(0) % blocks) * HEADS
+    heads = H - first_head
+    row = n * H + first_head
+    width: gl.constexpr = 2 * HALF + ROPE
+    dtype: gl.constexpr = q_ptr.dtype.element_ty
+    ids_ptr += n * K
+    tiles = _tiles(ids_ptr, K, K_PADDED)
+
+    wide: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HEADS, HALF], dtype)
+    narrow: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HEADS, ROPE], dtype)
+    q_l = gl.allocate_shared_memory(dtype, [HEADS, HALF], wide)
+    q_r = gl.allocate_shared_memory(dtype, [HEADS, HALF], wide)
+    q_t = gl.allocate_shared_memory(dtype, [HEADS, ROPE], narrow)
+    g_l = gl.allocate_shared_memory(dtype, [HEADS, HALF], wide)
+    g_r = gl.allocate_shared_memory(dtype, [HEADS, HALF], wide)
+    k_l = gl.allocate_shared_memory(dtype, [KEYS, HALF], wide)
+    k_r = gl.allocate_shared_memory(dtype, [KEYS, HALF], wide)
+    k_t = gl.allocate_shared_memory(dtype, [KEYS, ROPE], narrow)
+    p_mem = gl.allocate_shared_memory(dtype, [HEADS, KEYS], narrow)
+    ds_mem = gl.allocate_shared_memory(dtype, [HEADS, KEYS], narrow)
+    bars: gl.constexpr = mbarrier.MBarrierLayout()
+    still = gl.allocate_shared_memory(gl.int64, [1], bars)
+    full_l = gl.allocate_shared_memory(gl.int64, [1], bars)
+    full_r = gl.allocate_shared_memory(gl.int64, [1], bars)
+    empty_l = gl.allocate_shared_memory(gl.int64, [1], bars)
+    empty_r = gl.allocate_shared_memory(gl.int64, [1], bars)
+    p_ready = gl.allocate_shared_memory(gl.int64, [1], bars)
+    ds_ready = gl.allocate_shared_memory(gl.int64, [1], bars)
+    mbarrier.init(still, count=PRODUCER_THREADS)
+    mbarrier.init(full_l, count=PRODUCER_THREADS)
+    mbarrier.init(full_r, count=PRODUCER_THREADS)
+    mbarrier.init(empty_l, count=1)
+    mbarrier.init(empty_r, count=1)
+    mbarrier.init(p_ready, count=1)
+    mbarrier.init(ds_ready, count=1)
+    fence_async_shared()
+    gl.thread_barrier()
+    dq_ptr += row * width
+    left = (
+        ids_ptr, lse_ptr + row, dq_ptr, prob_ptr + row * K, heads, tiles, K, scale * LOG2E,
+        q_l, q_r, q_t, k_l, k_r, k_t, p_mem, ds_mem, still, full_l, full_r, empty_l, p_ready, ds_ready,
+    )  # fmt: skip
+    right = (
+        delta_ptr + row, dq_ptr, dscore_ptr + row * K, heads, tiles, K, scale,
+        g_l, g_r, k_l, k_r, p_mem, ds_mem, still, full_l, full_r, empty_r, p_ready, ds_ready,
+    )  # fmt: skip
+    gather = (
+        q_ptr + row * width, grad_ptr + row * (2 * HALF), kv_ptr, kv_stride, ids_ptr, heads, tiles, K,
+        q_l, q_r, q_t, g_l, g_r, k_l, k_r, k_t, still, full_l, full_r, empty_l, empty_r,
+    )  # fmt: skip
+    gl.warp_specialize([(_gradient_left, left), (_gradient_right, right), (_produce_twice, gather)], [4, 4], [192, 72])
+
+
+def gradient(
+    q_NHC: Tensor, kv_MC: Tensor, ids_NK: Tensor, grad_NHV: Tensor, lse_NH: Tensor, delta_NH: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq [N, H, C], and the probabilities and the gradients of the scores [N, H, K] in q's dtype.
+
+    Args:
+        delta_NH: sum of O times its gradient.
+
+    K tiles behind a row's last id are not written: they hold no key.
+    """
+    N, H, _ = q_NHC.shape
+    K = ids_NK.shape[1]
+    dq_NHC = torch.empty_like(q_NHC)
+    prob_NHK, dscore_NHK = q_NHC.new_empty(N, H, K), q_NHC.new_empty(N, H, K)
+    grid = (N * -(-H // 64),)
+    _gradient_kernel[grid](
+        q_NHC, kv_MC, kv_MC.stride(0), ids_NK, grad_NHV, lse_NH, delta_NH, dq_NHC, prob_NHK, dscore_NHK, H, K, scale,
+        max(512, 1 << (K - 1).bit_length()), num_warps=4,
+    )  # fmt: skip
+    return dq_NHC, prob_NHK, dscore_NHK

@@ -1,0 +1,153 @@
+"""The GPU's step over the paged cache: the plan against positions counted one by one, attention against the CPU's."""
+
+import random
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from test_rollout_engine import SAMPLING, config, prompt, run
+from tiny import save_tiny_deepseek
+from torch import Tensor
+
+from trimtab.kernels import reference
+from trimtab.rollout import dsa_model
+from trimtab.rollout.dsa_model import DsaAttention, DsaMetadata, buckets
+from trimtab.rollout.dsa_paged import plan_step
+from trimtab.rollout.engine import Engine
+from trimtab.rollout.types import Request
+
+BLOCK = 4
+
+
+@dataclass
+class Batch:
+    """Sequences of a step, as the engine describes them: (tokens so far, new ones) each, in scattered blocks."""
+
+    sequences: list[tuple[int, int]]
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        rng = random.Random(self.seed)
+        self.start_B1 = torch.tensor([0, *(new for _, new in self.sequences)], dtype=torch.int32).cumsum(0).int()
+        self.length_B = torch.tensor([length for length, _ in self.sequences], dtype=torch.int32)
+        widest = -(-int(self.length_B.max()) // BLOCK) + 2
+        blocks = rng.sample(range(1, 200), len(self.sequences) * widest)
+        self.table = torch.tensor(blocks, dtype=torch.int32).view(-1, widest)
+        self.slot_N = torch.tensor([rows[-new + i] for rows, new in self._rows() for i in range(new)])
+
+    def _rows(self) -> list[tuple[list[int], int]]:
+        """The cache rows of each sequence's tokens, and how many are new."""
+        return [
+            ([int(self.table[b, i // BLOCK]) * BLOCK + i % BLOCK for i in range(length)], new)
+            for b, (length, new) in enumerate(self.sequences)
+        ]
+
+    def visible(self) -> list[list[int]]:
+        """The cache rows that each new token sees."""
+        return [rows[: len(rows) - new + i + 1] for rows, new in self._rows() for i in range(new)]
+
+
+BATCHES = {
+    "one token of one sequence": [(1, 1)],
+    "prompts": [(5, 5), (9, 9), (1, 1)],
+    "decoding": [(7, 1), (30, 1), (1, 1), (16, 1)],
+    "a chunk, a prefix hit, a prompt and decoding": [(40, 13), (21, 3), (8, 8), (33, 1), (4, 1)],
+}
+
+
+@pytest.mark.parametrize("topk", [3, 64])
+@pytest.mark.parametrize("sequences", BATCHES.values(), ids=BATCHES)
+def test_the_plan_leads_every_token_to_the_rows_it_sees(sequences, topk):
+    batch = Batch(sequences)
+    step = plan_step(batch.start_B1, batch.length_B, batch.table, batch.slot_N, BLOCK, topk)
+    ranges = zip(step.start_N.tolist(), step.end_N.tolist(), strict=True)
+    assert [step.row_M[start:end].tolist() for start, end in ranges] == batch.visible()
+    assert step.slot_N.tolist() == batch.slot_N.tolist() and step.slot_N.dtype == step.row_M.dtype == torch.int64
+    assert step.slot_M1.tolist() == [*step.row_M.tolist(), -1]
+    assert step.start_N.dtype == step.end_N.dtype == step.slot_M1.dtype == torch.int32
+    if max(length for length, _ in sequences) > topk:
+        assert step.visible_NK is None
+    else:
+        assert step.visible_NK is not None and step.visible_NK.shape[1] <= topk
+        assert [[row for row in rows if row >= 0] for rows in step.visible_NK.tolist()] == batch.visible()
+
+
+def test_a_dry_run_writes_to_the_block_that_nothing_reads():
+    slot_N = torch.full((3,), -1)
+    table = torch.zeros(1, 2, dtype=torch.int32)
+    step = plan_step(torch.tensor([0, 3]), torch.tensor([3]), table, slot_N, BLOCK, 16)
+    assert step.slot_N.tolist() == [0, 0, 0]
+
+
+def index_topk(
+    q_NHD: Tensor, k: Tensor, w_NH: Tensor, start_N: Tensor, end_N: Tensor, topk: int, *, row_M: Tensor
+) -> Tensor:
+    """The kernel's stand-in."""
+    position_M = torch.arange(len(row_M))
+    visible_NM = (start_N[:, None] <= position_M) & (position_M < end_N[:, None])
+    score_NM = reference.index_scores(q_NHD, k[row_M], w_NH, visible_NM)
+    ids_NK = reference.selected_ids(reference.select(score_NM, topk), topk)
+    return torch.nn.functional.pad(ids_NK, (0, topk - ids_NK.shape[1]), value=-1).int()
+
+
+def sparse_mla(q: Tensor, kv: Tensor, ids: Tensor, value_dim: int, scale: float) -> tuple[Tensor, Tensor]:
+    """The kernel's stand-in."""
+    assert ids.dtype == torch.int32 and kv.stride(0) > kv.shape[1], "a view of the wider cache, not a copy"
+    return reference.sparse_mla(q, kv, ids.long(), value_dim, scale)
+
+
+@pytest.fixture(params=["reference", "triton"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Run with the kernels' stand-ins, and with the kernels themselves in Triton's interpreter."""
+    if request.param == "reference":
+        stand_in(monkeypatch)
+    return request.param
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "trimtab.kernels.indexer", SimpleNamespace(index_topk=index_topk))  # type: ignore
+    monkeypatch.setitem(sys.modules, "trimtab.kernels.sparse_mla", SimpleNamespace(sparse_mla=sparse_mla))  # type: ignore
+
+
+@pytest.mark.parametrize("topk", [6, 64])
+@pytest.mark.parametrize("sequences", BATCHES.values(), ids=BATCHES)
+def test_attention_over_the_cache_equals_that_over_buckets(sequences, topk, kernels):
+    torch.manual_seed(0)
+    batch, H, index_H, C, R, D = Batch(sequences), 3, 2, 16, 8, 16
+    layer: Any = DsaAttention.__new__(DsaAttention)
+    torch.nn.Module.__init__(layer)
+    layer.C, layer.R, layer.D, layer.topk, layer.scale = C, R, D, topk, 0.2
+    N, cache = len(batch.slot_N), torch.randn(200, BLOCK, C + R + D)
+    q, index_q, row = torch.randn(N, H, C + R), torch.randn(N, index_H, D), torch.randn(N, C + R + D)
+    weight = torch.rand(N, index_H)
+    plan = buckets(batch.start_B1.tolist(), batch.length_B.tolist(), batch.table, BLOCK)
+    step = plan_step(batch.start_B1, batch.length_B, batch.table, batch.slot_N, BLOCK, topk)
+    outs = []
+    for metadata in (DsaMetadata(slot_N=batch.slot_N, buckets=plan), DsaMetadata(step)):
+        layer.kv_cache = cache.clone()
+        outs.append(layer._attend(q, index_q, weight, row, metadata))
+        assert (layer.kv_cache.flatten(0, 1)[batch.slot_N] == row).all()
+    torch.testing.assert_close(outs[1], outs[0], rtol=1e-5, atol=1e-5)
+
+
+def test_a_whole_engine_samples_the_same_over_the_paged_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Chunked prompts, prefix hits and decoding, within and beyond index_topk = 16."""
+    save_tiny_deepseek(tmp_path)
+    prompts = [prompt(5), prompt(40, 1), prompt(100, 2), prompt(100, 2) + prompt(30, 3)]
+    requests = [Request(name=f"p{i}", prompt_ids=ids, sampling=SAMPLING, n=3, seed=i) for i, ids in enumerate(prompts)]
+    results = []
+    for paged in (False, True):
+        if paged:
+            stand_in(monkeypatch)
+            monkeypatch.setattr(dsa_model, "_has_kernels", lambda device: True)
+        engine = Engine(config(tmp_path))
+        results.append(run(engine, requests))
+        engine.close()
+    for one, two in zip(*results, strict=True):
+        for a, b in zip(one, two, strict=True):
+            assert a.token_ids.tolist() == b.token_ids.tolist()
+            torch.testing.assert_close(torch.tensor(a.logp), torch.tensor(b.logp), rtol=0, atol=1e-5)
