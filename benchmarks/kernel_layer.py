@@ -7,7 +7,7 @@ from collections.abc import Callable
 from statistics import median
 
 import torch
-from kernel_timing import DEVICE, Row, Table, peak_gib
+from kernel_common import DEVICE, Row, Table, peak_gib
 from torch import Tensor, nn
 
 from trimtab.grpo.attention import sparse_attention

@@ -48,7 +48,7 @@ def tilelang_forward(folder: Path | None, name: str) -> Forward:
 def tilelang_backward(
     folder: Path | None,
 ) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]:
-    """(q, kv, O, dO, ids, lse in nats, scale) -> (dq, dkv), of causal attention: it drops ids above the query's index."""
+    """(q, kv, O, dO, ids, lse in nats, scale) -> (dq, dkv); it masks ids above the index of their query."""
     interface = _example(folder, "sparse_mla_bwd").sparse_mla_bwd
 
     def backward(

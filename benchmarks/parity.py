@@ -4,7 +4,7 @@
     python benchmarks/parity.py --model runs/cold-start-x  a checkpoint
 
 Prints, for each type the engine and the trainer compute in: the mismatch KL (mean over tokens, k3), the largest
-|log ratio| of a token, and the share of (token, layer) pairs whose experts the trainer's routers would choose otherwise.
+|log ratio| of a token, and the share of (token, layer) pairs for which the trainer's routers choose other experts.
 """
 
 import argparse

@@ -116,7 +116,7 @@ def train(config: Config, out: Path, console: Console) -> None:
     chat = Chat(tokenizer)
     torch.manual_seed(settings.seed)
     model = DeepseekV32ForCausalLM(quickstart_policy(len(tokenizer), chat.bos_id, chat.eos_id))
-    policy = Policy(model)
+    policy = Policy(model).to("cuda" if torch.cuda.is_available() else "cpu")
     parameters = sum(parameter.numel() for parameter in policy.parameters())
     console.print(
         f"cold start: {parameters / 1e6:.1f} M parameters, vocabulary {len(tokenizer)}, {settings.steps} steps"
@@ -201,9 +201,10 @@ def _optimizers(policy: Policy, lr: float) -> list[torch.optim.Optimizer]:
 
 def _loss(policy: Policy, batch: list[Sequence], stage: Stage, *, prompt_weight: float) -> tuple[Tensor, Tensor]:
     """Cross-entropy of the next token, and the indexer's KL. Tokens of the prompt count prompt_weight each."""
-    ids_N = torch.from_numpy(np.concatenate([ids for ids, _ in batch])).long()
-    sampled_N = torch.from_numpy(np.concatenate([sampled for _, sampled in batch]))
-    cu_seqlens = torch.tensor([0, *np.cumsum([len(ids) for ids, _ in batch])])
+    device = policy.head_weight.device
+    ids_N = torch.from_numpy(np.concatenate([ids for ids, _ in batch])).long().to(device)
+    sampled_N = torch.from_numpy(np.concatenate([sampled for _, sampled in batch])).to(device)
+    cu_seqlens = torch.tensor([0, *np.cumsum([len(ids) for ids, _ in batch])]).to(device)
     out = policy(ids_N, cu_seqlens, dense_attention=stage.dense, with_indexer_kl=stage.learns_indexer)
     weight_N = sampled_N + prompt_weight * ~sampled_N
     weight_N[cu_seqlens[:-1]] = 0.0  # nothing predicts a first token

@@ -115,8 +115,8 @@ class Rollout:
 
     actors: int = 2
     """Ray actors, each with its own vLLM engine."""
-    gpus_per_actor: float = 0.0
-    """Share of a GPU each actor reserves; 0 runs on the CPU."""
+    gpus_per_actor: float | None = None
+    """Share of a GPU each engine reserves; None: an equal share, beside the trainer; none on a CPU."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     max_len: int = 512
     """Longest context in tokens."""

@@ -38,7 +38,7 @@ from trimtab.grpo.run import RunFolder, replace_text, step_of_checkpoint
 from trimtab.grpo.trainer import Trainer
 from trimtab.rollout.chat import Chat
 from trimtab.rollout.engine import EngineConfig
-from trimtab.rollout.pool import Pool
+from trimtab.rollout.pool import Pool, gpu_share
 
 HELD_OUT_SAMPLES = 4
 INTERRUPTED = 130  # the shell's code for Ctrl-C
@@ -136,9 +136,11 @@ class Players:
         with ExitStack() as stack:
             runner = stack.enter_context(asyncio.Runner())
             judge_config = engine_config(config, config.judge or config.model)
-            pool = Pool(engine_config(config, config.model), config.rollout.actors, config.rollout.gpus_per_actor)
+            share = config.rollout.gpus_per_actor
+            share = gpu_share(config.rollout.actors + 1) if share is None else share
+            pool = Pool(engine_config(config, config.model), config.rollout.actors, share)
             stack.callback(pool.close)
-            judge_pool = Pool(judge_config, 1, config.rollout.gpus_per_actor)
+            judge_pool = Pool(judge_config, 1, share)
             stack.callback(judge_pool.close)
             pool.wait_until_ready()
             judge_pool.wait_until_ready()

@@ -143,9 +143,12 @@ class Trainer:
     def _logp(self, policy: Policy, hidden_ND: Tensor, packed: Packed) -> Tensor:
         hidden_SD = hidden_ND.index_select(0, packed.predict_S)
         temperature = self.config.sampling.temperature
+        full_logp, kept_logp = reference.full_logp, reference.kept_logp
+        if hidden_SD.is_cuda:
+            from trimtab.kernels.lm_head import full_logp, kept_logp
         if not self.config.keep_sampling_mask:
-            return reference.full_logp(hidden_SD, policy.head_weight, packed.token_S, temperature)
-        return reference.kept_logp(
+            return full_logp(hidden_SD, policy.head_weight, packed.token_S, temperature)
+        return kept_logp(
             hidden_SD, policy.head_weight, packed.token_S, packed.kept_id_E, packed.kept_offset_S, temperature
         )
 

@@ -59,7 +59,7 @@ def slots_by_key(ids_NK: Tensor, M: int) -> KeySlots:
     ids_NK = ids_NK.contiguous()
     dtype = torch.int32 if N * K < 2**31 else torch.int64
     order_E = torch.empty(N * K, dtype=dtype, device=ids_NK.device)
-    rows = max(16, triton.cdiv(N * M, COUNTERS_AT_ONCE))
+    rows = max(8, triton.cdiv(N * M, COUNTERS_AT_ONCE))
     parts = triton.cdiv(N, rows)
     if parts == 0 or K == 0:
         return KeySlots(order_E, torch.zeros(M + 1, dtype=torch.int64, device=ids_NK.device))
@@ -113,7 +113,7 @@ def sum_by_key(x_EC: Tensor, slots: KeySlots, out_MC: Tensor | None = None) -> T
     assert out_MC.shape == (M, C) and out_MC.dtype == torch.float32 and out_MC.is_contiguous(), out_MC.shape
     if M > 0:
         BLOCK_C = max(16, triton.next_power_of_2(C))
-        BLOCK_E = max(1, 8192 // BLOCK_C)
+        BLOCK_E = max(1, 4096 // BLOCK_C)
         warps = max(1, min(4, BLOCK_C // 256))
         _sum_by_key_kernel[(M,)](x_EC, slots.order_E, slots.offset_M, out_MC, C, BLOCK_C, BLOCK_E, add, num_warps=warps)
     return out_MC

@@ -59,8 +59,8 @@ def _index_scores_kernel(
 
 
 def _scores(
-    q_NHD: Tensor, k_MD: Tensor, w_NH: Tensor, start_N: Tensor, end_N: Tensor, score_NM: Tensor, k_scale_M: Tensor | None,
-    row_M: Tensor | None, *, fill: bool,
+    q_NHD: Tensor, k_MD: Tensor, w_NH: Tensor, start_N: Tensor, end_N: Tensor, score_NM: Tensor,
+    k_scale_M: Tensor | None, row_M: Tensor | None, *, fill: bool,
 ) -> None:  # fmt: skip
     """Write the scores of visible keys to score_NM, and -inf to the others: to all of them if asked to fill.
 
@@ -184,10 +184,10 @@ def quantize_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
     x = x.contiguous()
     out, scale = torch.empty_like(x, dtype=torch.float8_e4m3fn), torch.empty_like(x[..., 0], dtype=torch.float32)
     rows = scale.numel()
-    block_r, warps = (16, 8) if x.dtype == torch.float32 else (64, 4)
+    block_r = 16 if x.dtype == torch.float32 else 64
     if rows:
         _quantize_kernel[(triton.cdiv(rows, block_r),)](
-            x, _hadamard(D, x.dtype, x.device), out, scale, rows, D, _precision(x), block_r, _padded(D), num_warps=warps
+            x, _hadamard(D, x.dtype, x.device), out, scale, rows, D, _precision(x), block_r, _padded(D)
         )
     return out, scale
 

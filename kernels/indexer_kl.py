@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from trimtab.kernels import indexer_kl_hopper
 from trimtab.kernels.indexer import index_scores
 from trimtab.kernels.masked_mha import LOG2_E, load_lse, load_rows, seen_by, split_width, store_rows, visible
 
@@ -123,14 +124,18 @@ def dense_prob(q_NHD: Tensor, k_MHD: Tensor, lse_NH: Tensor, start_N: Tensor, en
     (N, H, D), M = q_NHD.shape, len(k_MHD)
     assert k_MHD.shape == (M, H, D) and lse_NH.shape == (N, H), (q_NHD.shape, k_MHD.shape, lse_NH.shape)
     assert start_N.shape == end_N.shape == (N,) and q_NHD.dtype == k_MHD.dtype, (start_N.shape, q_NHD.dtype)
+    q_NHD, k_MHD = q_NHD.detach().contiguous(), k_MHD.detach().contiguous()
     prob_NM = torch.empty(N, M, dtype=torch.float32, device=q_NHD.device)
+    if indexer_kl_hopper.supported(q_NHD):
+        indexer_kl_hopper.dense_prob(q_NHD, k_MHD, lse_NH, start_N, end_N, scale * LOG2_E, prob_NM)
+        return prob_NM
     if q_NHD.dtype == torch.float32:
         BLOCK_N, BLOCK_M, warps, stages, precision = 32, 32, 4, 1, "ieee"
     else:
         BLOCK_N, BLOCK_M, warps, stages, precision = 128, 128, 8, 2, None
     _dense_prob_kernel[(triton.cdiv(N, BLOCK_N), triton.cdiv(M, BLOCK_M))](
-        q_NHD.detach().contiguous(), k_MHD.detach().contiguous(), lse_NH.contiguous(), start_N, end_N, prob_NM,
-        N, M, H, scale * LOG2_E, D, *split_width(D), BLOCK_N, BLOCK_M, precision, num_warps=warps, num_stages=stages,
+        q_NHD, k_MHD, lse_NH.contiguous(), start_N, end_N, prob_NM, N, M, H, scale * LOG2_E, D, *split_width(D),
+        BLOCK_N, BLOCK_M, precision, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return prob_NM
 
@@ -281,7 +286,8 @@ def _index_key_gradient(
     BLOCK_H = min(64, max(16, triton.next_power_of_2(H)))
     BLOCK_M, warps, stages, precision = (32, 4, 1, "ieee") if q_NHD.dtype == torch.float32 else (128, 8, 3, None)
     span = seen_by(start_N, end_N, M, BLOCK_M)
-    parts = triton.cdiv(1024, len(span))  # enough programs for any GPU, and as many on each: the sum's order is fixed
+    # enough programs to fill a GPU, and not of this GPU's number: the sum's order is fixed
+    parts = min(triton.cdiv(1024, len(span)), triton.cdiv(N, 64))
     dk_PMD = torch.empty(parts, M, D, dtype=torch.float32, device=q_NHD.device)
     tensors = q_NHD, k_MD, w_NH, dscore_NM, dkl_N, span, dk_PMD
     assert all(x.is_contiguous() for x in tensors)

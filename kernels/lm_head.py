@@ -4,8 +4,8 @@ Kept sets form a sparse [S, V] matrix in CSR form. The forward pass samples H W^
 multiplies that sparse gradient by W and its transpose by H: entries times D, never S times V. The functions over the
 whole vocabulary go through it in chunks of columns, so the weight's gradient is complete, and rounded, once a chunk.
 
-Shape suffixes: S = sampled tokens, D = hidden width, V = vocabulary, E = kept ids of all S, R = segments of a CSR,
-C = columns of a chunk of the vocabulary.
+Shape suffixes: S = sampled tokens, D = hidden width, V = vocabulary, E = kept ids of all S, C = columns of a
+chunk of the vocabulary.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,41 +17,37 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-LOGITS_AT_ONCE = 1 << 26
-"""Logits over the whole vocabulary that exist at a time: 256 MiB in fp32."""
+from trimtab.kernels.segment_sum import segment_sums
 
-SPAN = 1024
-"""Columns of the hidden width that a program reads; the passes take one span after another, to stay in the cache."""
-PART = 512
-"""Entries of a segment that are added one after another; longer segments are cut, and their parts added in order."""
+LOGITS_AT_ONCE = 1 << 27
+"""Logits over the whole vocabulary that exist at a time: 512 MiB in fp32."""
 
 
 @triton.jit
 def _kept_logit_kernel(
-    hidden_ptr, weight_ptr, row_ptr, id_ptr, offset_ptr, out_ptr, E, D, V,
-    SPAN: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
+    hidden_ptr, weight_ptr, row_ptr, id_ptr, offset_ptr, out_ptr, E, D, V, scale,
+    BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
-    span = tl.program_id(1)
     row = tl.load(row_ptr + e, mask=e < E, other=0).to(tl.int64)
     v = tl.load(id_ptr + e, mask=e < E, other=0).to(tl.int64)
     several = tl.load(offset_ptr + row + 1) - tl.load(offset_ptr + row) > 1
     live = (e < E) & several & (v >= 0) & (v < V)
 
     acc = tl.zeros((BLOCK_E, BLOCK_D), tl.float32)
-    for first in range(0, SPAN, BLOCK_D):
-        d = span * SPAN + first + tl.arange(0, BLOCK_D)
+    for first in range(0, D, BLOCK_D):
+        d = first + tl.arange(0, BLOCK_D)
         mask = live[:, None] & (d < D)
         w = tl.load(weight_ptr + v[:, None] * D + d, mask=mask, other=0.0).to(tl.float32)
         h = tl.load(hidden_ptr + row[:, None] * D + d, mask=mask, other=0.0).to(tl.float32)
         acc += w * h
-    tl.store(out_ptr + span.to(tl.int64) * E + e, tl.sum(acc, 1), mask=e < E)
+    tl.store(out_ptr + e, tl.sum(acc, 1) * scale, mask=e < E)
 
 
 @triton.jit
 def _kept_softmax_kernel(
-    part_ptr, id_ptr, token_ptr, offset_ptr, logit_ptr, lse_ptr, logp_ptr, entropy_ptr, fault_ptr, E, V, scale,
-    SPANS: tl.constexpr, BLOCK_E: tl.constexpr,
+    logit_ptr, id_ptr, token_ptr, offset_ptr, lse_ptr, logp_ptr, entropy_ptr, fault_ptr, E, V,
+    BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     s = tl.program_id(0)
     start, end = tl.load(offset_ptr + s).to(tl.int64), tl.load(offset_ptr + s + 1).to(tl.int64)
@@ -66,13 +62,7 @@ def _kept_softmax_kernel(
         e = first + tl.arange(0, BLOCK_E)
         live = e < end
         v = tl.load(id_ptr + e, mask=live, other=0).to(tl.int64)
-        logit = tl.zeros((BLOCK_E,), tl.float32)
-        part = part_ptr + e
-        for _ in tl.static_range(SPANS):
-            logit += tl.load(part, mask=live, other=0.0)
-            part += E
-        logit *= scale
-        tl.store(logit_ptr + e, logit, mask=live)
+        logit = tl.load(logit_ptr + e, mask=live, other=0.0)
         hit = live & (v == token)
         hits += tl.sum(hit.to(tl.int32), 0)
         strays += tl.sum((live & ((v < 0) | (v >= V))).to(tl.int32), 0)
@@ -99,116 +89,23 @@ def _kept_softmax(
     (S, D), V, E = hidden_SD.shape, len(weight_VD), len(kept_id_E)
     position_E = torch.arange(E, device=hidden_SD.device, dtype=kept_offset_S.dtype)
     row_E = torch.searchsorted(kept_offset_S[1:], position_E, right=True, out_int32=True).clamp(max=S - 1)
-    BLOCK_E, BLOCK_D, spans = 16, 256, triton.cdiv(D, SPAN)
-    part_E = hidden_SD.new_empty(spans, E, dtype=torch.float32)
-    if E:
-        _kept_logit_kernel[triton.cdiv(E, BLOCK_E), spans](
-            hidden_SD, weight_VD, row_E, kept_id_E, kept_offset_S, part_E, E, D, V, SPAN, BLOCK_E, BLOCK_D
-        )
+    BLOCK_E, BLOCK_D = 8, min(256, triton.next_power_of_2(D))
     logit_E = hidden_SD.new_empty(E, dtype=torch.float32)
+    if E:
+        _kept_logit_kernel[triton.cdiv(E, BLOCK_E),](
+            hidden_SD, weight_VD, row_E, kept_id_E, kept_offset_S, logit_E, E, D, V, 1 / temperature, BLOCK_E, BLOCK_D
+        )
     logp_S, lse_S, entropy_S = hidden_SD.new_empty(3, S, dtype=torch.float32)
     fault_S = token_S.new_empty(S, dtype=torch.int32)
     _kept_softmax_kernel[S,](
-        part_E, kept_id_E, token_S, kept_offset_S, logit_E, lse_S, logp_S, entropy_S, fault_S, E, V, 1 / temperature,
-        spans, 64, num_warps=1,
-    )  # fmt: skip
+        logit_E, kept_id_E, token_S, kept_offset_S, lse_S, logp_S, entropy_S, fault_S, E, V, 64, num_warps=1
+    )
     fault = int(fault_S.max())  # the only time the host waits for the device
     if fault == 1:
         raise ValueError("a sampled token is outside its kept set: refuse such a segment when it is recorded")
     if fault:
         raise ValueError(f"kept ids must lie in [0, {V}), and their offsets rise from 0 to {E}")
     return logp_S, entropy_S, lse_S, logit_E, row_E
-
-
-@triton.jit
-def _weighted_rows(x_ptr, index_ptr, g_ptr, start, end, d, D, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr):
-    acc = tl.zeros((BLOCK_E, BLOCK_D), tl.float32)
-    for first in range(start, end, BLOCK_E):
-        e = first + tl.arange(0, BLOCK_E)
-        g = tl.load(g_ptr + e, mask=e < end, other=0.0)
-        index = tl.load(index_ptr + e, mask=e < end, other=0).to(tl.int64)
-        x = tl.load(x_ptr + index[:, None] * D + d, mask=(g != 0.0)[:, None] & (d < D), other=0.0)
-        acc += g[:, None] * x.to(tl.float32)
-    return tl.sum(acc, 0)
-
-
-@triton.jit
-def _short_segment_kernel(
-    x_ptr, index_ptr, g_ptr, offset_ptr, out_ptr, D,
-    PART: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    r = tl.program_id(0).to(tl.int64)
-    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    start, end = tl.load(offset_ptr + r), tl.load(offset_ptr + r + 1)
-    if end - start <= PART:
-        acc = _weighted_rows(x_ptr, index_ptr, g_ptr, start, end, d, D, BLOCK_E, BLOCK_D)
-        tl.store(out_ptr + r * D + d, acc.to(out_ptr.dtype.element_ty), mask=d < D)
-
-
-@triton.jit
-def _segment_part(segment_ptr, offset_ptr, E, PART: tl.constexpr):
-    """Program 2c + side: the segment of part c's first entry (side 0), or the one that begins behind it (side 1)."""
-    first = tl.program_id(0).to(tl.int64) // 2 * PART
-    side = tl.program_id(0) % 2
-    r = tl.load(segment_ptr + tl.where(side == 0, first, tl.minimum(first + PART, E) - 1)).to(tl.int64)
-    start, end = tl.load(offset_ptr + r), tl.load(offset_ptr + r + 1)
-    return r, first, start, end, (end - start > PART) & ((side == 0) | (start > first))
-
-
-@triton.jit
-def _segment_part_kernel(
-    x_ptr, index_ptr, g_ptr, segment_ptr, offset_ptr, part_ptr, E, D,
-    PART: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    _, first, start, end, exists = _segment_part(segment_ptr, offset_ptr, E, PART)
-    if exists:
-        start, end = tl.maximum(start, first), tl.minimum(end, first + PART)
-        acc = _weighted_rows(x_ptr, index_ptr, g_ptr, start, end, d, D, BLOCK_E, BLOCK_D)
-        tl.store(part_ptr + tl.program_id(0).to(tl.int64) * D + d, acc, mask=d < D)
-
-
-@triton.jit
-def _join_parts_kernel(
-    part_ptr, segment_ptr, offset_ptr, out_ptr, E, D,
-    PART: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    r, first, start, end, exists = _segment_part(segment_ptr, offset_ptr, E, PART)
-    if exists & (start >= first):
-        acc = tl.load(part_ptr + tl.program_id(0).to(tl.int64) * D + d, mask=d < D, other=0.0)
-        part = part_ptr + 2 * (first // PART) * D + d
-        for _ in range(first // PART + 1, tl.cdiv(end, PART)):
-            part += 2 * D
-            acc += tl.load(part, mask=d < D, other=0.0)
-        tl.store(out_ptr + r * D + d, acc.to(out_ptr.dtype.element_ty), mask=d < D)
-
-
-def _segment_sums(x_XD: Tensor, index_E: Tensor, g_E: Tensor, segment_E: Tensor, offset_R: Tensor) -> Tensor:
-    """Multiply a sparse matrix by a dense one: out[r] = sum of g[e] * x[index[e]] over the entries e of segment r.
-
-    Rows of x are read for a g other than 0 only. Entries are added in an order that depends on offset_R alone.
-
-    Args:
-        segment_E: r of each entry, ascending; offset_R [R + 1] delimits the segments.
-
-    Returns:
-        [R, D] in x's dtype; zero for a segment without entries.
-    """
-    R, D, E = len(offset_R) - 1, x_XD.shape[1], len(index_E)
-    assert g_E.shape == segment_E.shape == (E,) and x_XD.is_contiguous()
-    out_RD = x_XD.new_empty(R, D)
-    BLOCK_E, BLOCK_D = 4, 1024
-    _short_segment_kernel[R, triton.cdiv(D, BLOCK_D)](x_XD, index_E, g_E, offset_R, out_RD, D, PART, BLOCK_E, BLOCK_D)
-    if E > PART:
-        BLOCK_E, BLOCK_D = 16, 256
-        parts, blocks = 2 * triton.cdiv(E, PART), triton.cdiv(D, BLOCK_D)
-        part_PD = x_XD.new_empty(parts, D, dtype=torch.float32)
-        _segment_part_kernel[parts, blocks](
-            x_XD, index_E, g_E, segment_E, offset_R, part_PD, E, D, PART, BLOCK_E, BLOCK_D
-        )
-        _join_parts_kernel[parts, blocks](part_PD, segment_E, offset_R, out_RD, E, D, PART, BLOCK_D)
-    return out_RD
 
 
 class _KeptLogp(torch.autograd.Function):
@@ -238,12 +135,12 @@ class _KeptLogp(torch.autograd.Function):
         g_E *= (dlogp_S / ctx.temperature)[row_E]
         dhidden_SD = dweight_VD = None
         if ctx.needs_input_grad[0]:
-            dhidden_SD = _segment_sums(weight_VD, kept_id_E, g_E, row_E, kept_offset_S)
+            dhidden_SD = segment_sums(weight_VD, kept_id_E, g_E, row_E, kept_offset_S)
         if ctx.needs_input_grad[1]:
-            sorted_id_E, order_E = kept_id_E.sort(stable=True)
-            id_V = torch.arange(len(weight_VD) + 1, device=kept_id_E.device, dtype=kept_id_E.dtype)
+            sorted_id_E, order_E = kept_id_E.int().sort(stable=True)
+            id_V = torch.arange(len(weight_VD) + 1, device=kept_id_E.device, dtype=torch.int32)
             offset_V = torch.searchsorted(sorted_id_E, id_V)
-            dweight_VD = _segment_sums(hidden_SD, row_E[order_E], g_E[order_E], sorted_id_E, offset_V)
+            dweight_VD = segment_sums(hidden_SD, row_E[order_E], g_E[order_E], sorted_id_E, offset_V)
         return dhidden_SD, dweight_VD, None, None, None, None
 
 
@@ -307,6 +204,14 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     return a.float() @ b.float()
 
 
+def _add_product(acc: Tensor, a: Tensor, b: Tensor) -> None:
+    """acc += a @ b, with acc in float32."""
+    if a.is_cuda and a.dtype != torch.float32:
+        torch.addmm(acc, a, b, out_dtype=torch.float32, out=acc)
+    else:
+        acc.addmm_(a.float(), b.float())
+
+
 def _chunks(S: int, V: int) -> Iterator[slice]:
     columns = max(128, LOGITS_AT_ONCE // S // 128 * 128)
     return (slice(first, min(first + columns, V)) for first in range(0, V, columns))
@@ -321,10 +226,11 @@ def _fold_chunk_kernel(
     top, total, mean = tl.load(top_ptr + s), tl.load(total_ptr + s), tl.load(mean_ptr + s)
     for first in range(0, C, BLOCK_C):
         c = first + tl.arange(0, BLOCK_C)
-        logit = tl.load(logit_ptr + s * C + c, mask=c < C, other=float("-inf")) * scale
+        logit = tl.load(logit_ptr + s * C + c, mask=c < C, other=float("-inf"))
         x = tl.where(c < C, logit, 0.0)
         if HAS_REF:
-            x -= tl.load(ref_ptr + s * C + c, mask=c < C, other=0.0) * scale
+            x -= tl.load(ref_ptr + s * C + c, mask=c < C, other=0.0)  # before scaling: exactly 0 for equal logits
+        logit, x = logit * scale, x * scale
         new_top = tl.maximum(top, tl.max(logit, 0))
         weight = tl.exp(logit - new_top)
         decay = tl.exp(top - new_top)
@@ -379,10 +285,10 @@ def _kl_gradient_kernel(
 ):  # fmt: skip
     s = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    logit = tl.load(logit_ptr + s * C + c, mask=c < C, other=0.0) * scale
-    ref = tl.load(ref_ptr + s * C + c, mask=c < C, other=0.0) * scale
-    prob = tl.exp(logit - tl.load(lse_ptr + s))
-    g = prob * (logit - ref - tl.load(mean_ptr + s)) * (tl.load(upstream_ptr + s) * scale)
+    logit = tl.load(logit_ptr + s * C + c, mask=c < C, other=0.0)
+    ref = tl.load(ref_ptr + s * C + c, mask=c < C, other=0.0)
+    prob = tl.exp(logit * scale - tl.load(lse_ptr + s))
+    g = prob * ((logit - ref) * scale - tl.load(mean_ptr + s)) * (tl.load(upstream_ptr + s) * scale)
     tl.store(out_ptr + s * C + c, g.to(out_ptr.dtype.element_ty), mask=c < C)
 
 
@@ -398,7 +304,7 @@ def _gradients(
     for columns in _chunks(len(hidden_SD), len(weight_VD)):
         g_SC = gradient(columns)
         if dhidden_SD is not None:
-            dhidden_SD += _product(g_SC, weight_VD[columns])
+            _add_product(dhidden_SD, g_SC, weight_VD[columns])
         if dweight_VD is not None:
             torch.mm(g_SC.T, hidden_SD, out=dweight_VD[columns])
     return None if dhidden_SD is None else dhidden_SD.to(hidden_SD.dtype), dweight_VD

@@ -19,6 +19,8 @@ from trimtab.kernels.by_key import slots_by_key, sum_by_key
 LOG2E = 1.4426950408889634
 WORKSPACE = 2 << 30
 """Bytes that the backward pass may use for what it keeps per selected key."""
+HEADS_BACKWARD = 128
+"""Heads whose gradients fit into the registers of one program; more are taken in turns."""
 
 
 @triton.jit
@@ -71,13 +73,73 @@ def _forward_kernel(
         o1 = tl.dot(prob, k1, o1 * shrink[:, None], input_precision=PRECISION)
         top = new_top
 
-    norm = tl.where(total > 0.0, 1.0 / total, 0.0)[:, None]
+    total = tl.where(total > 0.0, total, 1.0)  # no key: O = 0, lse = -inf
+    norm = (1.0 / total)[:, None]
     row = (split * N + n) * H + h
     tl.store(lse_ptr + row, (top + tl.log2(total)) / 1.4426950408889634, mask=h < H)
     out_row = out_ptr + row[:, None] * V
     dtype = out_ptr.dtype.element_ty
     tl.store(out_row + c0, (o0 * norm).to(dtype), mask=(h < H)[:, None] & (c0 < V))
     tl.store(out_row + c1, (o1 * norm).to(dtype), mask=(h < H)[:, None] & (c1 < V))
+
+
+@triton.jit
+def _few_heads_forward_kernel(
+    q_ptr, kv_ptr, ids_ptr, out_ptr, lse_ptr, N, H, K, kv_stride, scale,
+    V: tl.constexpr, R: tl.constexpr, WIDTH: tl.constexpr, WIDTH_R: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0).to(tl.int64)
+    h = tl.arange(0, BLOCK_H)
+    split = tl.program_id(1)
+    c0 = tl.arange(0, WIDTH)
+    c1 = WIDTH + tl.arange(0, WIDTH)
+    r = tl.arange(0, WIDTH_R)
+    j = tl.arange(0, BLOCK_K)
+    C: tl.constexpr = V + R
+
+    q_row = q_ptr + (n * H + h[:, None]) * C
+    q0 = tl.load(q_row + c0, mask=(h < H)[:, None] & (c0 < V), other=0.0)
+    q1 = tl.load(q_row + c1, mask=(h < H)[:, None] & (c1 < V), other=0.0)
+    qr = tl.load(q_row + V + r, mask=(h < H)[:, None] & (r < R), other=0.0)
+    o0 = tl.zeros((WIDTH, BLOCK_H), tl.float32)  # transposed: few heads are the narrow side of every product
+    o1 = tl.zeros((WIDTH, BLOCK_H), tl.float32)
+    top = tl.full((BLOCK_H,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_H,), tl.float32)
+
+    tiles = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLITS)
+    begin, end = split * tiles * BLOCK_K, tl.minimum((split + 1) * tiles * BLOCK_K, K)
+    ids = tl.load(ids_ptr + n * K + begin + j, mask=begin + j < end, other=-1)
+    for first in range(begin, end, BLOCK_K):
+        k_row = kv_ptr + tl.maximum(ids, 0).to(tl.int64)[:, None] * kv_stride
+        k0 = tl.load(k_row + c0, mask=(c0 < V)[None, :], other=0.0)
+        k1 = tl.load(k_row + c1, mask=(c1 < V)[None, :], other=0.0)
+        kr = tl.load(k_row + V + r, mask=(r < R)[None, :], other=0.0)
+        hidden = ids < 0
+        after = first + BLOCK_K + j
+        ids = tl.load(ids_ptr + n * K + after, mask=after < end, other=-1)  # ahead of the rows it points to
+        score = tl.dot(kr, tl.trans(qr), input_precision=PRECISION)
+        score = tl.dot(k0, tl.trans(q0), score, input_precision=PRECISION)
+        score = tl.dot(k1, tl.trans(q1), score, input_precision=PRECISION)
+        score = tl.where(hidden[:, None], float("-inf"), score * scale)
+        new_top = tl.maximum(top, tl.max(score, 0))
+        shift = tl.where(new_top == float("-inf"), 0.0, new_top)
+        prob = tl.exp2(score - shift[None, :])
+        shrink = tl.exp2(top - shift)
+        total = total * shrink + tl.sum(prob, 0)
+        prob = prob.to(k0.dtype)
+        o0 = tl.dot(tl.trans(k0), prob, o0 * shrink[None, :], input_precision=PRECISION)
+        o1 = tl.dot(tl.trans(k1), prob, o1 * shrink[None, :], input_precision=PRECISION)
+        top = new_top
+
+    total = tl.where(total > 0.0, total, 1.0)  # no key: O = 0, lse = -inf
+    norm = (1.0 / total)[None, :]
+    row = (split * N + n) * H + h
+    tl.store(lse_ptr + row, (top + tl.log2(total)) / 1.4426950408889634, mask=h < H)
+    out_row = out_ptr + row[:, None] * V
+    dtype = out_ptr.dtype.element_ty
+    tl.store(out_row + c0, tl.trans(o0 * norm).to(dtype), mask=(h < H)[:, None] & (c0 < V))
+    tl.store(out_row + c1, tl.trans(o1 * norm).to(dtype), mask=(h < H)[:, None] & (c1 < V))
 
 
 @triton.jit
@@ -91,12 +153,12 @@ def _combine_kernel(
     top = tl.max(lse, 0)
     shift = tl.where(top == float("-inf"), 0.0, top)
     total = tl.sum(tl.exp(lse - shift), 0)
+    total = tl.where(total > 0.0, total, 1.0)  # no key: O = 0, lse = -inf
     out = tl.zeros((BLOCK_V,), tl.float32)
     for split in range(SPLITS):
         weight = tl.exp(tl.load(part_lse_ptr + split * ROWS + row) - shift)
         out += weight * tl.load(part_ptr + (split * ROWS + row) * V + v, mask=v < V, other=0.0)
-    out = out * tl.where(total > 0.0, 1.0 / total, 0.0)
-    tl.store(out_ptr + row * V + v, out.to(out_ptr.dtype.element_ty), mask=v < V)
+    tl.store(out_ptr + row * V + v, (out / total).to(out_ptr.dtype.element_ty), mask=v < V)
     tl.store(lse_ptr + row, top + tl.log(total))
 
 
@@ -107,7 +169,7 @@ def _forward(
     (N, H, C), K = q_NHC.shape, ids_NK.shape[1]
     half = q_NHC.element_size() == 2
     BLOCK_H = _heads_at_once(H) if half else 16
-    BLOCK_K = (64 if BLOCK_H == 64 else 32) if half else 16
+    BLOCK_K = 64 if half else 16
     programs = N * triton.cdiv(H, BLOCK_H)
     if splits is None:
         splits = _splits(programs, triton.cdiv(K, BLOCK_K), q_NHC.device)
@@ -119,10 +181,11 @@ def _forward(
     if splits > 1:
         part = torch.empty(splits, N, H, value_dim, dtype=torch.float32, device=q_NHC.device)
         part_lse = torch.empty(splits, N, H, dtype=torch.float32, device=q_NHC.device)
-    _forward_kernel[(programs, splits)](
+    kernel = _few_heads_forward_kernel if half and BLOCK_H <= 32 else _forward_kernel
+    kernel[(programs, splits)](
         q_NHC, kv_MC, ids_NK, part, part_lse, N, H, K, kv_MC.stride(0), scale * LOG2E,
-        *_columns(C, value_dim), BLOCK_H, BLOCK_K, splits, _precision(q_NHC),
-        num_warps=8 if BLOCK_H == 64 else 4, num_stages=2,
+        value_dim, C - value_dim, _width(value_dim, 2), _width(C - value_dim, 1),
+        BLOCK_H, BLOCK_K, splits, _precision(q_NHC), num_warps=8 if BLOCK_H == 64 else 4, num_stages=2,
     )  # fmt: skip
     if splits > 1:
         _combine_kernel[(N * H,)](
@@ -143,9 +206,9 @@ def _heads_at_once(H: int) -> int:
     return min(64, max(16, triton.next_power_of_2(H)))
 
 
-def _columns(C: int, V: int) -> tuple[int, int, int, int]:
-    """V, R and the widths of their blocks: half of the value part, the whole rope part."""
-    return V, C - V, max(16, triton.next_power_of_2(triton.cdiv(V, 2))), max(16, triton.next_power_of_2(C - V))
+def _width(columns: int, parts: int) -> int:
+    """Width of one of the blocks that cover some columns."""
+    return max(16, triton.next_power_of_2(triton.cdiv(columns, parts)))
 
 
 def _precision(x: Tensor) -> str:
@@ -171,32 +234,38 @@ def _delta(out_NHV: Tensor, grad_NHV: Tensor) -> Tensor:
 
 
 @triton.jit
-def _prob_kernel(
-    q_ptr, kv_ptr, ids_ptr, grad_ptr, lse_ptr, delta_ptr, prob_ptr, H, K, kv_stride, scale,
-    V: tl.constexpr, R: tl.constexpr, HEADS: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
+def _row_grad_kernel(
+    q_ptr, kv_ptr, ids_ptr, grad_ptr, lse_ptr, delta_ptr, dscore_ptr, out_ptr, H, K, first_h, kv_stride, scale,
+    V: tl.constexpr, R: tl.constexpr, HEADS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     blocks_k = tl.cdiv(K, BLOCK_K)
     n = (tl.program_id(0) // blocks_k).to(tl.int64)
     j = (tl.program_id(0) % blocks_k) * BLOCK_K + tl.arange(0, BLOCK_K)
-    h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    h = first_h + tl.arange(0, HEADS)
     C: tl.constexpr = V + R
+    dtype = q_ptr.dtype.element_ty
     ids = tl.load(ids_ptr + n * K + j, mask=j < K, other=-1)
+    slot = n * K + j
+    dscore_row = dscore_ptr + slot[:, None] * HEADS + tl.arange(0, HEADS)
+    if tl.max(ids, 0) < 0:  # nobody reads these rows
+        tl.store(dscore_row, tl.zeros((BLOCK_K, HEADS), dtype), mask=(j < K)[:, None])
+        return
     k_row = kv_ptr + tl.maximum(ids, 0).to(tl.int64)[:, None] * kv_stride
     q_row = q_ptr + (n * H + h[:, None]) * C
     grad_row = grad_ptr + (n * H + h[:, None]) * V
     used_h = (h < H)[:, None]
 
-    score = tl.zeros((BLOCK_K, BLOCK_H), tl.float32)
-    dprob = tl.zeros((BLOCK_K, BLOCK_H), tl.float32)
-    for first in range(0, V, BLOCK_C):
+    score = tl.zeros((BLOCK_K, HEADS), tl.float32)
+    dprob = tl.zeros((BLOCK_K, HEADS), tl.float32)
+    for first in tl.range(0, V, BLOCK_C, num_stages=STAGES):
         c = first + tl.arange(0, BLOCK_C)
         k = tl.load(k_row + c, mask=(c < V)[None, :], other=0.0)
         q = tl.load(q_row + c, mask=used_h & (c < V), other=0.0)
         grad = tl.load(grad_row + c, mask=used_h & (c < V), other=0.0)
         score = tl.dot(k, tl.trans(q), score, input_precision=PRECISION)
         dprob = tl.dot(k, tl.trans(grad), dprob, input_precision=PRECISION)
-    for first in range(V, C, BLOCK_C):
+    for first in tl.range(V, C, BLOCK_C, num_stages=1):
         c = first + tl.arange(0, BLOCK_C)
         k = tl.load(k_row + c, mask=(c < C)[None, :], other=0.0)
         q = tl.load(q_row + c, mask=used_h & (c < C), other=0.0)
@@ -206,136 +275,56 @@ def _prob_kernel(
     delta = tl.load(delta_ptr + n * H + h, mask=h < H, other=0.0)
     prob = tl.exp2(score * (scale * 1.4426950408889634) - lse[None, :])
     prob = tl.where((ids >= 0)[:, None] & (h < H), prob, 0.0)
-    dscore = prob * (dprob - delta[None, :]) * scale
-    row = prob_ptr + (n * K + j[:, None]) * (2 * HEADS) + h
-    tl.store(row, prob.to(prob_ptr.dtype.element_ty), mask=(j < K)[:, None])
-    tl.store(row + HEADS, dscore.to(prob_ptr.dtype.element_ty), mask=(j < K)[:, None])
+    dscore = (prob * (dprob - delta[None, :]) * scale).to(dtype)
+    prob = prob.to(dtype)
+    tl.store(dscore_row, dscore, mask=(j < K)[:, None])
+
+    out_row = out_ptr + slot[:, None] * C
+    used = (ids >= 0)[:, None]
+    for first in tl.range(0, V, BLOCK_C, num_stages=STAGES):
+        c = first + tl.arange(0, BLOCK_C)
+        q = tl.load(q_row + c, mask=used_h & (c < V), other=0.0)
+        grad = tl.load(grad_row + c, mask=used_h & (c < V), other=0.0)
+        row = tl.dot(dscore, q, input_precision=PRECISION)
+        row = tl.dot(prob, grad, row, input_precision=PRECISION)
+        tl.store(out_row + c, row.to(dtype), mask=used & (c < V))
+    for first in tl.range(V, C, BLOCK_C, num_stages=1):
+        c = first + tl.arange(0, BLOCK_C)
+        q = tl.load(q_row + c, mask=used_h & (c < C), other=0.0)
+        row = tl.dot(dscore, q, input_precision=PRECISION)
+        tl.store(out_row + c, row.to(dtype), mask=used & (c < C))
 
 
 @triton.jit
 def _dq_kernel(
-    prob_ptr, kv_ptr, ids_ptr, dq_ptr, H, K, kv_stride,
-    V: tl.constexpr, R: tl.constexpr, WIDTH: tl.constexpr, WIDTH_R: tl.constexpr, HEADS: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
+    dscore_ptr, kv_ptr, ids_ptr, dq_ptr, H, K, first_h, kv_stride,
+    V: tl.constexpr, R: tl.constexpr, WIDTH: tl.constexpr, WIDTH_R: tl.constexpr, PARTS: tl.constexpr,
+    HEADS: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     part = tl.program_id(0) % PARTS
     n = (tl.program_id(0) // PARTS).to(tl.int64)
-    h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    h = tl.arange(0, HEADS)
     c = part * WIDTH + tl.arange(0, WIDTH)
     r = part * WIDTH_R + tl.arange(0, WIDTH_R)
     j = tl.arange(0, BLOCK_K)
-    dq = tl.zeros((BLOCK_H, WIDTH), tl.float32)
-    dqr = tl.zeros((BLOCK_H, WIDTH_R), tl.float32)
+    dq = tl.zeros((HEADS, WIDTH), tl.float32)
+    dqr = tl.zeros((HEADS, WIDTH_R), tl.float32)
     ids = tl.load(ids_ptr + n * K + j, mask=j < K, other=-1)
     for first in range(0, K, BLOCK_K):
         k_row = kv_ptr + tl.maximum(ids, 0).to(tl.int64)[:, None] * kv_stride
         k = tl.load(k_row + c, mask=(c < V)[None, :], other=0.0)
         kr = tl.load(k_row + V + r, mask=(r < R)[None, :], other=0.0)
-        row = n * K + first + j
-        dscore = tl.load(prob_ptr + row[:, None] * (2 * HEADS) + HEADS + h, mask=(first + j < K)[:, None], other=0.0)
+        slot = n * K + first + j
+        dscore = tl.load(dscore_ptr + slot[:, None] * HEADS + h, mask=(first + j < K)[:, None], other=0.0)
         after = first + BLOCK_K + j
         ids = tl.load(ids_ptr + n * K + after, mask=after < K, other=-1)  # ahead of the rows it points to
         dscore = tl.trans(dscore)
         dq = tl.dot(dscore, k, dq, input_precision=PRECISION)
         dqr = tl.dot(dscore, kr, dqr, input_precision=PRECISION)
+    h += first_h
     dq_row = dq_ptr + (n * H + h[:, None]) * (V + R)
     tl.store(dq_row + c, dq.to(dq_ptr.dtype.element_ty), mask=(h < H)[:, None] & (c < V))
     tl.store(dq_row + V + r, dqr.to(dq_ptr.dtype.element_ty), mask=(h < H)[:, None] & (r < R))
-
-
-@triton.jit
-def _row_grad_kernel(
-    prob_ptr, q_ptr, grad_ptr, ids_ptr, out_ptr, H, K,
-    V: tl.constexpr, R: tl.constexpr, WIDTH: tl.constexpr, WIDTH_R: tl.constexpr, HEADS: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    blocks_k = tl.cdiv(K, BLOCK_K)
-    part = tl.program_id(0) % PARTS
-    n = (tl.program_id(0) // PARTS // blocks_k).to(tl.int64)
-    j = (tl.program_id(0) // PARTS % blocks_k) * BLOCK_K + tl.arange(0, BLOCK_K)
-    c = part * WIDTH + tl.arange(0, WIDTH)
-    r = part * WIDTH_R + tl.arange(0, WIDTH_R)
-    C: tl.constexpr = V + R
-    if tl.max(tl.load(ids_ptr + n * K + j, mask=j < K, other=-1), 0) < 0:
-        return  # nobody reads these rows
-    value = tl.zeros((BLOCK_K, WIDTH), tl.float32)
-    rope = tl.zeros((BLOCK_K, WIDTH_R), tl.float32)
-    for first in range(0, HEADS, BLOCK_H):
-        h = first + tl.arange(0, BLOCK_H)
-        row = prob_ptr + (n * K + j[:, None]) * (2 * HEADS) + h
-        prob = tl.load(row, mask=(j < K)[:, None], other=0.0)
-        dscore = tl.load(row + HEADS, mask=(j < K)[:, None], other=0.0)
-        at = n * H + h[:, None]
-        q = tl.load(q_ptr + at * C + c, mask=(h < H)[:, None] & (c < V), other=0.0)
-        qr = tl.load(q_ptr + at * C + V + r, mask=(h < H)[:, None] & (r < R), other=0.0)
-        grad = tl.load(grad_ptr + at * V + c, mask=(h < H)[:, None] & (c < V), other=0.0)
-        value = tl.dot(dscore, q, value, input_precision=PRECISION)
-        value = tl.dot(prob, grad, value, input_precision=PRECISION)
-        rope = tl.dot(dscore, qr, rope, input_precision=PRECISION)
-    out_row = out_ptr + (n * K + j[:, None]) * C
-    tl.store(out_row + c, value.to(out_ptr.dtype.element_ty), mask=(j < K)[:, None] & (c < V))
-    tl.store(out_row + V + r, rope.to(out_ptr.dtype.element_ty), mask=(j < K)[:, None] & (r < R))
-
-
-@triton.jit
-def _few_heads_kernel(
-    q_ptr, kv_ptr, ids_ptr, grad_ptr, lse_ptr, delta_ptr, dq_ptr, out_ptr, H, K, kv_stride, scale,
-    V: tl.constexpr, R: tl.constexpr, WIDTH: tl.constexpr, WIDTH_R: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    n = tl.program_id(0).to(tl.int64)
-    h = tl.arange(0, BLOCK_H)
-    c0 = tl.arange(0, WIDTH)
-    c1 = WIDTH + tl.arange(0, WIDTH)
-    r = tl.arange(0, WIDTH_R)
-    j = tl.arange(0, BLOCK_K)
-    C: tl.constexpr = V + R
-    dtype = kv_ptr.dtype.element_ty
-
-    q_row = q_ptr + (n * H + h[:, None]) * C
-    q0 = tl.load(q_row + c0, mask=(h < H)[:, None] & (c0 < V), other=0.0)
-    q1 = tl.load(q_row + c1, mask=(h < H)[:, None] & (c1 < V), other=0.0)
-    qr = tl.load(q_row + V + r, mask=(h < H)[:, None] & (r < R), other=0.0)
-    grad_row = grad_ptr + (n * H + h[:, None]) * V
-    grad0 = tl.load(grad_row + c0, mask=(h < H)[:, None] & (c0 < V), other=0.0)
-    grad1 = tl.load(grad_row + c1, mask=(h < H)[:, None] & (c1 < V), other=0.0)
-    lse = tl.load(lse_ptr + n * H + h, mask=h < H, other=float("inf")) * 1.4426950408889634
-    delta = tl.load(delta_ptr + n * H + h, mask=h < H, other=0.0)
-    dq0 = tl.zeros((WIDTH, BLOCK_H), tl.float32)  # transposed: few heads are the narrow side of a product
-    dq1 = tl.zeros((WIDTH, BLOCK_H), tl.float32)
-    dqr = tl.zeros((WIDTH_R, BLOCK_H), tl.float32)
-
-    ids = tl.load(ids_ptr + n * K + j, mask=j < K, other=-1)
-    for first in range(0, K, BLOCK_K):
-        k_row = kv_ptr + tl.maximum(ids, 0).to(tl.int64)[:, None] * kv_stride
-        k0 = tl.load(k_row + c0, mask=(c0 < V)[None, :], other=0.0)
-        k1 = tl.load(k_row + c1, mask=(c1 < V)[None, :], other=0.0)
-        kr = tl.load(k_row + V + r, mask=(r < R)[None, :], other=0.0)
-        used = (ids >= 0)[:, None]
-        after = first + BLOCK_K + j
-        ids = tl.load(ids_ptr + n * K + after, mask=after < K, other=-1)  # ahead of the rows it points to
-        score = tl.dot(kr, tl.trans(qr), input_precision=PRECISION)
-        score = tl.dot(k0, tl.trans(q0), score, input_precision=PRECISION)
-        score = tl.dot(k1, tl.trans(q1), score, input_precision=PRECISION)
-        dprob = tl.dot(k0, tl.trans(grad0), input_precision=PRECISION)
-        dprob = tl.dot(k1, tl.trans(grad1), dprob, input_precision=PRECISION)
-        prob = tl.where(used, tl.exp2(score * (scale * 1.4426950408889634) - lse[None, :]), 0.0)
-        dscore = (prob * (dprob - delta[None, :]) * scale).to(dtype)
-        prob = prob.to(dtype)
-        dq0 = tl.dot(tl.trans(k0), dscore, dq0, input_precision=PRECISION)
-        dq1 = tl.dot(tl.trans(k1), dscore, dq1, input_precision=PRECISION)
-        dqr = tl.dot(tl.trans(kr), dscore, dqr, input_precision=PRECISION)
-        out_row = out_ptr + (n * K + first + j[:, None]) * C
-        row0 = tl.dot(dscore, q0, tl.dot(prob, grad0, input_precision=PRECISION), input_precision=PRECISION)
-        tl.store(out_row + c0, row0.to(dtype), mask=used & (c0 < V))
-        row1 = tl.dot(dscore, q1, tl.dot(prob, grad1, input_precision=PRECISION), input_precision=PRECISION)
-        tl.store(out_row + c1, row1.to(dtype), mask=used & (c1 < V))
-        tl.store(out_row + V + r, tl.dot(dscore, qr, input_precision=PRECISION).to(dtype), mask=used & (r < R))
-
-    dq_row = dq_ptr + (n * H + h[:, None]) * C
-    tl.store(dq_row + c0, tl.trans(dq0).to(dtype), mask=(h < H)[:, None] & (c0 < V))
-    tl.store(dq_row + c1, tl.trans(dq1).to(dtype), mask=(h < H)[:, None] & (c1 < V))
-    tl.store(dq_row + V + r, tl.trans(dqr).to(dtype), mask=(h < H)[:, None] & (r < R))
 
 
 def _backward_chunk(
@@ -350,34 +339,25 @@ def _backward_chunk(
     """
     (N, H, C), (_, K), V = q_NHC.shape, ids_NK.shape, grad_NHV.shape[-1]
     half, stride, precision = q_NHC.element_size() == 2, kv_MC.stride(0), _precision(q_NHC)
-    heads = triton.cdiv(H, _heads_at_once(H)) * _heads_at_once(H)
+    slots = slots_by_key(ids_NK, len(kv_MC))
     row_EC = torch.empty(N * K, C, dtype=q_NHC.dtype, device=q_NHC.device)
-    if half and heads <= 32:  # bound by memory: one kernel that reads the rows once
-        _few_heads_kernel[(N,)](
-            q_NHC, kv_MC, ids_NK, grad_NHV, lse_NH, delta_NH, dq_NHC, row_EC, H, K, stride, scale,
-            *_columns(C, V), heads, 64, precision, num_warps=8, num_stages=2 if heads == 16 else 1,
+    heads = min(HEADS_BACKWARD if half else 16, max(16, triton.next_power_of_2(H)))
+    dscore_EH = torch.empty(N * K, heads, dtype=q_NHC.dtype, device=q_NHC.device)
+    BLOCK_K, BLOCK_C, warps, stages = (128, 64, 8 if heads == 128 else 4, 3) if half else (32, 16, 4, 2)
+    for first_h in range(0, H, heads):
+        _row_grad_kernel[(N * triton.cdiv(K, BLOCK_K),)](
+            q_NHC, kv_MC, ids_NK, grad_NHV, lse_NH, delta_NH, dscore_EH, row_EC, H, K, first_h, stride, scale,
+            V, C - V, heads, BLOCK_K, BLOCK_C, stages, precision, num_warps=warps,
         )  # fmt: skip
-        return sum_by_key(row_EC, slots_by_key(ids_NK, len(kv_MC)), dkv_MC)
-
-    prob = torch.empty(N * K, 2 * heads, dtype=q_NHC.dtype, device=q_NHC.device)
-    BLOCK_H = min(heads, 128) if half and heads % 128 == 0 else min(heads, 64) if half else 16
-    BLOCK_K = 128 if half else 32
-    _prob_kernel[(N * triton.cdiv(K, BLOCK_K), heads // BLOCK_H)](
-        q_NHC, kv_MC, ids_NK, grad_NHV, lse_NH, delta_NH, prob, H, K, stride, scale,
-        V, C - V, heads, BLOCK_H, BLOCK_K, 64 if half else 16, precision, num_warps=8, num_stages=3,
-    )  # fmt: skip
-    parts, value_width = 2, max(16, triton.next_power_of_2(triton.cdiv(V, 2)))
-    columns = V, C - V, value_width, max(16, triton.next_power_of_2(triton.cdiv(C - V, 2))), heads
-    _dq_kernel[(N * parts, heads // BLOCK_H)](
-        prob, kv_MC, ids_NK, dq_NHC, H, K, stride, *columns,
-        BLOCK_H, 64 if half else 16, parts, precision, num_warps=8 if half else 4, num_stages=3 if half else 2,
-    )  # fmt: skip
-    BLOCK_K = 128 if half else 16
-    _row_grad_kernel[(N * triton.cdiv(K, BLOCK_K) * parts,)](
-        prob, q_NHC, grad_NHV, ids_NK, row_EC, H, K, *columns,
-        min(heads, 32) if half else 16, BLOCK_K, parts, precision, num_warps=8 if half else 4, num_stages=3,
-    )  # fmt: skip
-    return sum_by_key(row_EC, slots_by_key(ids_NK, len(kv_MC)), dkv_MC)
+        dkv_MC = sum_by_key(row_EC, slots, dkv_MC)
+        parts = 2 if heads == 128 else 1
+        _dq_kernel[(N * parts,)](
+            dscore_EH, kv_MC, ids_NK, dq_NHC, H, K, first_h, stride,
+            V, C - V, _width(V, parts), _width(C - V, parts), parts, heads, 64 if half else 16, precision,
+            num_warps=4 if heads <= 16 else 8, num_stages=3 if heads == 128 else 2,
+        )  # fmt: skip
+    assert dkv_MC is not None
+    return dkv_MC
 
 
 def _backward(
@@ -387,17 +367,17 @@ def _backward(
     (N, H, C), K = q_NHC.shape, ids_NK.shape[1]
     dq_NHC = torch.empty_like(q_NHC)
     dkv_MC: Tensor | None = None
-    delta_NH = _delta(out_NHV, grad_NHV) if N > 0 else lse_NH
-    per_query = K * (C + 2 * max(H, 16)) * q_NHC.element_size()
-    chunks = max(1, triton.cdiv(N * per_query, WORKSPACE))
-    rows = triton.cdiv(N, chunks)
-    for n in range(0, N, max(1, rows)):
+    if q_NHC.numel() == 0:
+        return dq_NHC, torch.zeros(kv_MC.shape, dtype=torch.float32, device=kv_MC.device)
+    delta_NH = _delta(out_NHV, grad_NHV)
+    per_query = max(1, K) * (C + min(H, HEADS_BACKWARD)) * q_NHC.element_size()
+    rows = triton.cdiv(N, triton.cdiv(N * per_query, WORKSPACE))
+    for n in range(0, N, rows):
         at = slice(n, n + rows)
         dkv_MC = _backward_chunk(
             q_NHC[at], kv_MC, ids_NK[at], grad_NHV[at], lse_NH[at], delta_NH[at], scale, dq_NHC[at], dkv_MC
         )
-    if dkv_MC is None:
-        dkv_MC = torch.zeros(kv_MC.shape, dtype=torch.float32, device=kv_MC.device)
+    assert dkv_MC is not None
     return dq_NHC, dkv_MC
 
 

@@ -7,88 +7,114 @@ from torch import Tensor
 
 SEGMENT = 32768
 """Longest piece of a row that one program holds in registers."""
-PART = 4096
-"""Scores written at a time."""
 
 
 @triton.jit
-def _order(score):
-    """int32 keys in the order of the scores: -0.0 and 0.0 become 0, and NaN becomes the key of -inf."""
-    score = tl.where(score == 0.0, 0.0, score)
-    bits = tl.where(score == score, score, float("-inf")).to(tl.int32, bitcast=True)
+def _flip(bits):
+    """From the bits of a float to an integer of the same order, and back."""
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
-def _threshold(key, topk):
-    """The largest value that at least topk keys reach, by bisection; below every visible key if they are few.
-
-    Stops early when exactly topk keys reach it. Zero is tried first: ReLU makes it the likeliest plateau.
-    """
-    lowest: tl.constexpr = -2139095040  # the key after that of -inf
-    low = lowest
-    high = tl.max(key, 0) + 1  # fewer than topk keys reach it
-    if tl.sum((key >= lowest).to(tl.int32), 0) <= topk:
-        high = lowest + 1
-    probe = 1
-    while low + 1 < high:
-        reached = tl.sum((key >= probe).to(tl.int32), 0)
-        if reached >= topk:
-            low = probe
-        else:
-            high = probe
-        if reached == topk:
-            high = probe + 1
-        probe = (low & high) + ((low ^ high) >> 1)
-        if (low < 0) & (high == 1):
-            probe = 0
-    return low
+def _reach(score, key):
+    """How many scores are at least the float whose ordered integer is given, and that float."""
+    bound = _flip(key).to(tl.float32, bitcast=True)
+    # a sum of floats: exact, and a third of the instructions of a sum of integers
+    return tl.sum(tl.where(score >= bound, 1.0, 0.0)).to(tl.int32), bound
 
 
 @triton.jit
-def _topk_kernel(
-    score_ptr, name_ptr, start_ptr, end_ptr, id_ptr, value_ptr, M, stride, topk,
-    BLOCK: tl.constexpr, PART: tl.constexpr,
+def _threshold(score, topk):
+    """The largest float that at least topk scores reach, by bisection; below every visible score if they are few.
+
+    Stops early when exactly topk scores reach it. Zero is tried first: ReLU makes it the likeliest plateau.
+    """
+    low = tl.full((), -2139095040, tl.int32)  # the finite float furthest below zero
+    high = tl.full((), 2139095041, tl.int32)  # above infinity: fewer than topk scores reach it
+    count, bound = _reach(score, low)
+    if count <= topk:
+        high = low + 1
+    probe = tl.full((), 1, tl.int32)
+    while low + 1 < high:
+        count, value = _reach(score, probe)
+        if count >= topk:
+            low, bound = probe, value
+        else:
+            high = probe
+        if count == topk:
+            high = probe + 1
+        probe = tl.where((low < 0) & (high == 1), 0, (low & high) + ((low ^ high) >> 1))
+    return bound
+
+
+@triton.jit
+def _ones(word):
+    """Set bits of each word."""
+    word -= (word >> 1) & 0x55555555
+    word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
+    return ((((word + (word >> 4)) & 0x0F0F0F0F) * 0x01010101) >> 24).to(tl.int32)
+
+
+@triton.jit
+def _mark_kernel(
+    score_ptr, start_ptr, end_ptr, above_ptr, tied_ptr, M, stride, topk, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """A bit for every score: of the first word if it is above the threshold of its segment, of the second if on it."""
     n, segment = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    begin = segment * BLOCK
-    first, last = begin, M
+    first, last = segment * BLOCK, M
     if start_ptr is not None:
         first, last = tl.maximum(first, tl.load(start_ptr + n)), tl.minimum(last, tl.load(end_ptr + n))
-    score_ptr += n * stride
-    m = begin + tl.arange(0, BLOCK)
-    key = _order(tl.load(score_ptr + m, mask=(m >= first) & (m < last), other=float("-inf")))
-    low = _threshold(key, topk)
-    room = topk - tl.sum((key > low).to(tl.int32), 0)
+    word, bit = tl.arange(0, BLOCK // 32), tl.arange(0, 32)
+    m = segment * BLOCK + 32 * word[:, None] + bit
+    score = tl.load(score_ptr + n * stride + m, mask=(m >= first) & (m < last), other=float("-inf"))
+    bound = _threshold(score, topk)
+    one = tl.full((32,), 1, tl.uint32) << bit.to(tl.uint32)
+    at = (n * tl.num_programs(1) + segment) * (BLOCK // 32) + word
+    tl.store(above_ptr + at, tl.sum(tl.where(score > bound, one, 0), 1))
+    tl.store(tied_ptr + at, tl.sum(tl.where(score == bound, one, 0), 1))
 
-    # Compaction reads the row again, from L2: one scan counts the keys above the threshold (high half) and on it
-    # (low half) before each position.
-    row = (n * tl.num_programs(1) + segment) * topk
-    above_done, tied_done = 0, 0
-    for offset in range(0, BLOCK, PART):
-        at = begin + offset + tl.arange(0, PART)
-        score = tl.load(score_ptr + at, mask=(at >= first) & (at < last), other=float("-inf"))
-        part = _order(score)
-        above, tied = part > low, part == low
-        one = (above.to(tl.int32) << 16) + tied.to(tl.int32)
-        before = tl.cumsum(one, 0) - one
-        tied_before = tied_done + (before & 0xFFFF)
-        slot = row + above_done + (before >> 16) + tl.minimum(tied_before, room)
-        taken = above | (tied & (tied_before < room))
+
+@triton.jit
+def _ones(word):
+    """Set bits of each word."""
+    word -= (word >> 1) & 0x55555555
+    word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
+    return ((((word + (word >> 4)) & 0x0F0F0F0F) * 0x01010101) >> 24).to(tl.int32)
+
+
+@triton.jit
+def _write_kernel(
+    above_ptr, tied_ptr, score_ptr, name_ptr, id_ptr, value_ptr, stride, topk, WORDS: tl.constexpr,
+):  # fmt: skip
+    """Positions of all set bits of the first words and, in order of position, of the second while there is room."""
+    n, segment = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row = n * tl.num_programs(1) + segment
+    i = tl.arange(0, WORDS)
+    above, tied = tl.load(above_ptr + row * WORDS + i), tl.load(tied_ptr + row * WORDS + i)
+    n_above, n_tied = _ones(above), _ones(tied)
+    room = topk - tl.sum(n_above, 0)
+    tied_before = tl.cumsum(n_tied, 0) - n_tied
+    slot = row * topk + tl.cumsum(n_above, 0) - n_above + tl.minimum(tied_before, room)
+    left = above | tl.where(tied_before < room, tied, 0)
+    while tl.max(left, 0) != 0:  # a bit of every word at a time
+        lowest = left & (0 - left)
+        is_tied = (tied & lowest) != 0
+        taken = (left != 0) & ((tied_before < room) | ~is_tied)
+        at = 32 * (segment * WORDS + i) + (lowest.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
         name = at
         if name_ptr is not None:
             name = tl.load(name_ptr + n * stride + at, mask=taken, other=0)
         tl.store(id_ptr + slot, name, mask=taken)
         if value_ptr is not None:
-            tl.store(value_ptr + slot, score, mask=taken)
-        total = tl.sum(one, 0)
-        above_done += total >> 16
-        tied_done += total & 0xFFFF
-    for pad in range(above_done + tl.minimum(tied_done, room), topk, 1024):
+            tl.store(value_ptr + slot, tl.load(score_ptr + n * stride + at, mask=taken, other=0.0), mask=taken)
+        slot += taken.to(tl.int32)
+        tied_before += is_tied.to(tl.int32)
+        left ^= lowest
+    for pad in range(topk - room + tl.minimum(tl.sum(n_tied, 0), room), topk, 1024):
         j = pad + tl.arange(0, 1024)
-        tl.store(id_ptr + row + j, -1, mask=j < topk)
+        tl.store(id_ptr + row * topk + j, -1, mask=j < topk)
         if value_ptr is not None:
-            tl.store(value_ptr + row + j, float("-inf"), mask=j < topk)
+            tl.store(value_ptr + row * topk + j, float("-inf"), mask=j < topk)
 
 
 def topk_ids(
@@ -118,21 +144,22 @@ def topk_ids(
     N, M = score_NM.shape
     assert score_NM.dtype == torch.float32 and (score_NM.stride(1) == 1 or M <= 1), (score_NM.dtype, score_NM.stride())
     assert (start_N is None) == (end_N is None) and segment & (segment - 1) == 0 and segment <= SEGMENT, segment
-    if topk < 1 or (M > segment and 2 * topk > segment):
+    if topk < 1 or (segment < M and 2 * topk > segment):
         raise ValueError(f"topk must be positive, and at most {segment // 2} for more than {segment} keys: {topk}")
     if N == 0 or M == 0:
         return torch.full((N, topk), -1, dtype=torch.int32, device=score_NM.device)
     value, name = score_NM, None
     while True:
         width = value.shape[1]
-        block = min(segment, triton.next_power_of_2(width))
+        block = max(64, min(segment, triton.next_power_of_2(width)))
         segments = triton.cdiv(width, block)
+        marks = torch.empty(2, N, segments * block // 32, dtype=torch.uint32, device=score_NM.device)
         ids = torch.empty(N, segments * topk, dtype=torch.int32, device=score_NM.device)
         best = torch.empty(ids.shape, dtype=torch.float32, device=score_NM.device) if segments > 1 else None
-        _topk_kernel[(N, segments)](
-            value, name, start_N, end_N, ids, best, width, value.stride(0), topk, block, min(block, PART),
-            num_warps=max(1, min(16, block // 1024)),
-        )  # fmt: skip
+        grid, stride = (N, segments), value.stride(0)
+        warps = max(1, min(16, block // 1024))
+        _mark_kernel[grid](value, start_N, end_N, marks[0], marks[1], width, stride, topk, block, num_warps=warps)
+        _write_kernel[grid](marks[0], marks[1], value, name, ids, best, stride, topk, block // 32, num_warps=4)
         if best is None:
             return ids
         value, name, start_N, end_N = best, ids, None, None

@@ -5,7 +5,7 @@ import torch
 from kernel_checks import DEVICE, DTYPES, FORWARD, GRADIENT, needs_gpu, poisoned, relative_error
 from torch import Tensor
 
-from trimtab.kernels import indexer_kl, reference
+from trimtab.kernels import indexer_kl, indexer_kl_hopper, reference
 from trimtab.kernels.indexer_kl import dense_indexer_kl, dense_prob, sparse_prob
 
 
@@ -124,10 +124,14 @@ def test_sparse_probabilities_match_at_full_width(H):
 
 
 @needs_gpu
-def test_the_dense_loss_matches_at_full_width(monkeypatch):
+@pytest.mark.parametrize("hopper", [True, False])
+def test_the_dense_loss_matches_at_full_width(hopper, monkeypatch):
     torch.manual_seed(4)
     monkeypatch.setattr(indexer_kl, "SCORES_AT_ONCE", 1 << 18)
+    if not hopper:
+        monkeypatch.setattr(indexer_kl_hopper, "supported", lambda q_NHD: False)
     compare_kl(*causal_ranges(600, 200, 77), 64, 128, 16, 192, torch.bfloat16)
+    compare_kl(*uneven_ranges(), 64, 128, 3, 64, torch.bfloat16)
 
 
 @needs_gpu

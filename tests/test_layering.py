@@ -22,7 +22,10 @@ DOORS = {  # the only places through which a heavy dependency enters; a folder e
     | {f"grpo/{name}.py" for name in ("cold_start", "policy", "tokenizer")},
     "triton": {"kernels/"},
     "torch": {"kernels/", "grpo/"}
-    | {f"rollout/{name}.py" for name in ("dsa_model", "dsa_modules", "engine", "pool", "recording", "weights")},
+    | {
+        f"rollout/{name}.py"
+        for name in ("dsa_model", "dsa_modules", "dsa_paged", "engine", "pool", "recording", "weights")
+    },
 }
 FILES = sorted(path.relative_to(ROOT).as_posix() for package in MAY_IMPORT for path in (ROOT / package).rglob("*.py"))
 SCRIPTS = sorted(

@@ -116,7 +116,7 @@ def test_a_kept_set_holds_at_most_top_k_ids_and_reaches_top_p(engine, checkpoint
     best = logit_V.topk(5)
     better = best.values.softmax(-1).cumsum(-1) - best.values.softmax(-1)
     expected = best.indices[better < 0.5].tolist()
-    assert all(one.kept_ids.tolist() == expected for one in completions)
+    assert all(sorted(one.kept_ids.tolist()) == sorted(expected) for one in completions)
 
 
 def test_the_same_seed_samples_the_same_from_a_cached_prefix(engine):

@@ -1,4 +1,4 @@
-"""What the kernel benchmarks share: timing on a GPU, the machine's ceilings, the table and its floor."""
+"""What the kernel benchmarks share: sizes and inputs, timing on a GPU, the machine's ceilings, the table."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +13,13 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 DEVICE = "cuda"
+S, K = 4096, 2048
+"""Queries, and keys that each selects."""
+H, NOPE, ROPE, VALUE, LATENT = 128, 128, 64, 128, 512
+INDEX_H, INDEX_D = 64, 128
+SETS = 3
+"""Input sets that a timing goes through in turn."""
+
 COLUMNS = ("kernel", "sizes", "ms", "rate", "floor ms", "of floor", "extra GiB", "error", "note")
 WIDTHS = (34, 30, 9, 13, 9, 8, 9, 8, 4)
 
@@ -113,7 +120,7 @@ def _reason(error: Exception) -> str:
 
 
 def time_ms(*calls: Callable[[], object], budget_ms: float = 300.0) -> float:
-    """Median time of a call on the GPU. The calls, on different inputs, take turns; before each the L2 is overwritten."""
+    """Median time of a call on the GPU. Calls on different inputs take turns; before each the L2 is overwritten."""
     flush = torch.empty(1 << 28, dtype=torch.int8, device=DEVICE)
     for call in calls:
         call()
@@ -199,3 +206,25 @@ def stopwatch(what: str) -> Iterator[None]:
     started = time.perf_counter()
     yield
     print(f"\n({what}: {time.perf_counter() - started:.0f} s)", flush=True)
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.randn(*shape, device=DEVICE, dtype=dtype)
+
+
+def random_ids(N: int, M: int, *, causal: bool = False) -> Tensor:
+    """K keys for each query, drawn from all M or from those up to its own position; ascending, padded with -1."""
+    ids_NK = torch.full((N, K), M, dtype=torch.int32, device=DEVICE)
+    for n in range(0, N, 512):
+        score = torch.rand(min(512, N - n), M, device=DEVICE)
+        if causal:
+            score.tril_(n)
+        drawn = score.topk(min(K, M), sorted=False)
+        ids_NK[n : n + 512, : drawn.indices.shape[1]] = torch.where(drawn.values > 0, drawn.indices, M).int()
+    ids_NK = ids_NK.sort(-1).values
+    return ids_NK.masked_fill_(ids_NK == M, -1)
+
+
+def causal_range(N: int) -> tuple[Tensor, Tensor]:
+    end_N = torch.arange(1, N + 1, dtype=torch.int32, device=DEVICE)
+    return torch.zeros_like(end_N), end_N

@@ -1,0 +1,81 @@
+"""The policy's Triton forms of attention against its plain PyTorch forms, which are tested against transformers."""
+
+import copy
+
+import pytest
+import torch
+from kernel_checks import DEVICE
+from tiny import tiny_deepseek
+from torch import Tensor
+
+from trimtab.grpo import packed_attention
+from trimtab.grpo.policy import Policy, PolicyOutput
+
+LENGTHS = (37, 5, 1, 21)
+FORMS = {"masked": packed_attention.attend_masked, "selected": packed_attention.attend_selected}
+
+
+def _pack(device: str) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(7)
+    ids_N = torch.randint(0, 96, (sum(LENGTHS),))
+    return ids_N.to(device), torch.tensor([0, *LENGTHS]).cumsum(0).to(device)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_deepseek(initializer_range=0.1, num_hidden_layers=2)
+
+
+def _run(model, *, packed: bool, form: str | None = None, **options) -> tuple[PolicyOutput, dict[str, Tensor]]:
+    """Outputs and gradients of a loss that weighs every output differently, on the CPU."""
+    device = DEVICE if packed else "cpu"
+    policy = Policy(copy.deepcopy(model).to(device), checkpointing=options.pop("checkpointing", False))
+    policy.packed = packed
+    if form is not None:
+        policy.choose_attend = lambda T, topk: FORMS[form]
+    out = policy(*_pack(device), **options)
+    torch.manual_seed(8)
+    loss = (out.hidden_ND * torch.randn(out.hidden_ND.shape).to(device)).sum()
+    if out.indexer_kl_N is not None:
+        loss = loss + out.indexer_kl_N.sum() / len(out.indexer_kl_N)
+    loss.backward()
+    gradients = {name: p.grad.cpu() for name, p in policy.model.named_parameters() if p.grad is not None}
+    detached = [None if x is None else x.detach().cpu() for x in out]
+    return PolicyOutput(*detached), gradients
+
+
+@pytest.mark.parametrize(
+    ("form", "options"),
+    [
+        ("masked", {}),
+        ("selected", {}),
+        ("masked", {"with_indexer_kl": True}),
+        ("selected", {"with_indexer_kl": True}),
+        ("masked", {"with_indexer_kl": True, "dense_attention": True}),
+        ("selected", {"with_indexer_kl": True, "checkpointing": True}),
+    ],
+)
+def test_triton_forms_equal_plain_pytorch_in_outputs_and_gradients(model, form, options):
+    expected, expected_gradients = _run(model, packed=False, **options)
+    ours, gradients = _run(model, packed=True, form=form, **options)
+    torch.testing.assert_close(ours.hidden_ND, expected.hidden_ND, rtol=1e-4, atol=1e-5)
+    assert torch.equal(ours.routes_NLK, expected.routes_NLK)
+    assert (ours.indexer_kl_N is None) == ("with_indexer_kl" not in options)
+    if ours.indexer_kl_N is not None:
+        torch.testing.assert_close(ours.indexer_kl_N, expected.indexer_kl_N, rtol=1e-4, atol=1e-5)
+    assert gradients.keys() == expected_gradients.keys()
+    for name, gradient in expected_gradients.items():
+        assert (gradients[name] - gradient).norm() <= 2e-4 * gradient.norm(), name
+
+
+def test_spans_part_where_the_form_changes():
+    cu_seqlens = torch.tensor([0, 3, 5, 205, 206])
+    spans = packed_attention.spans_of(cu_seqlens, 16, packed_attention.choose_attend)
+    assert [span.lengths for span in spans] == [(3, 2), (200,), (1,)]
+    assert spans[0].start_N.tolist() == [0, 0, 0, 3, 3] and spans[0].end_N.tolist() == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("offsets", [[1, 2], [0, 2, 2], [0]])
+def test_offsets_that_do_not_rise_are_refused(offsets):
+    with pytest.raises(ValueError, match="cu_seqlens must start at 0"):
+        packed_attention.spans_of(torch.tensor(offsets), 16, packed_attention.choose_attend)
