@@ -36,7 +36,7 @@ from trimtab.kernels import reference
 LENGTHS = tuple(n << 10 for n in (4, 8, 16, 32, 64, 128))
 FORWARD = [(128, M) for M in LENGTHS] + [(64, n << 10) for n in (8, 32, 128)] + [(16, 32 << 10)]
 BACKWARD = [(128, M) for M in LENGTHS] + [(64, 8 << 10), (64, 32 << 10), (16, 8 << 10), (16, 32 << 10)]
-WHOLE = tuple(n << 10 for n in (4, 8, 12, 16, 24))
+WHOLE = tuple(n << 10 for n in (4, 8, 16))
 """Lengths of whole sequences, for the crossover of masked and absorbed attention."""
 
 
@@ -51,30 +51,31 @@ def reference_rows(
     return out.detach(), dq
 
 
-def sparse(table: Table, tilelang: Path | None) -> None:
+def sparse(table: Table) -> None:
     forwards: dict[str, rivals.Forward] = {}
-    for name, load in {
-        "FlashMLA": rivals.flashmla,
-        "TileLang pipelined": lambda: rivals.tilelang_forward(tilelang, "sparse_mla_fwd_pipelined"),
-        "TileLang seesaw": lambda: rivals.tilelang_forward(tilelang, "sparse_mla_fwd_seesaw"),
-    }.items():
-        with table.rival(f"{name} forward"):
-            forwards[name] = load()
+    with table.rival("FlashMLA"):
+        forwards["FlashMLA forward"] = rivals.flashmla()
     table.part(f"Sparse MLA forward, {S} queries, {K} of S_kv keys each")
     for heads, M in FORWARD:
         sparse_forward(table, forwards, heads, M)
+    table.part("Sparse MLA backward, deterministic")
+    for heads, M in BACKWARD:
+        with table.attempt(f"sparse backward, H = {heads}, S_kv = {M}"):
+            sparse_backward(table, heads, M)
     table.part("Dense attention, the same queries at the end of S_kv tokens, 192/128 wide (torch)")
     with table.attempt("dense attention"):
         backend = fastest_sdpa(normal(H, S, NOPE + ROPE), normal(H, S, NOPE + ROPE), normal(H, S, VALUE))
         for M in LENGTHS:
             dense_forward(table, M, backend)
-    table.part("Sparse MLA backward, deterministic")
-    for heads, M in BACKWARD:
-        with table.attempt(f"sparse backward, H = {heads}, S_kv = {M}"):
-            sparse_backward(table, heads, M)
+
+
+def tilelang_attention(table: Table, folder: Path) -> None:
+    table.part(f"TileLang's sparse MLA, {S} queries, {K} of S_kv keys each")
     for heads in (128, 64, 16):
         with table.rival(f"TileLang backward, H = {heads}"):
-            tilelang_backward(table, rivals.tilelang_backward(tilelang), heads, M=32 << 10)
+            tilelang_backward(table, rivals.tilelang_backward(folder), heads, M=32 << 10)
+    with table.rival("TileLang forward"):
+        sparse_forward(table, {"TileLang forward": rivals.tilelang_forward(folder)}, 128, 32 << 10)
 
 
 def sparse_forward(table: Table, forwards: dict[str, rivals.Forward], heads: int, M: int) -> None:
@@ -95,14 +96,12 @@ def sparse_forward(table: Table, forwards: dict[str, rivals.Forward], heads: int
         error = relative_error(ours[some], expected)
         table.add(Row("sparse", "sparse forward", sizes, ms, flops, traffic, error=error))
     for name, forward in forwards.items():
-        if heads < 64 and name != "FlashMLA":
-            continue
-        with table.rival(f"{name} forward, H = {heads}, S_kv = {M}"), torch.no_grad():
+        with table.rival(f"{name}, H = {heads}, S_kv = {M}"), torch.no_grad():
             theirs = forward(*inputs[0], scale)
             apart = None if ours is None else relative_error(theirs, ours)
             ms = time_ms(*(lambda x=x, forward=forward: forward(*x, scale) for x in inputs))
             note = "padded to 64 heads" if heads % 64 else ""
-            table.add(Row("sparse", f"{name} forward", sizes, ms, flops, traffic, error=apart, note=note))
+            table.add(Row("sparse", name, sizes, ms, flops, traffic, error=apart, note=note))
 
 
 def dense_forward(table: Table, M: int, backend: SDPBackend) -> None:

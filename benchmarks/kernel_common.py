@@ -1,11 +1,12 @@
 """What the kernel benchmarks share: sizes and inputs, timing on a GPU, the machine's ceilings, the table."""
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from statistics import median
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -50,10 +51,11 @@ class Row:
 
 
 class Table:
-    """Rows, printed as they come, and what could not be measured."""
+    """Rows, printed and written to a file as they come, and what could not be measured."""
 
-    def __init__(self, ceilings: Ceilings) -> None:
+    def __init__(self, ceilings: Ceilings, path: Path) -> None:
         self.ceilings = ceilings
+        self.path = path
         self.rows: list[Row] = []
         self.failures: list[str] = []
         self.lines: list[str] = []
@@ -77,10 +79,12 @@ class Table:
         error = "" if row.error is None else f"{row.error:.1e}"
         cells = (row.kernel, sizes, f"{row.ms:.3f}", rate, f"{floor:.3f}", f"{floor / row.ms:.0%}", extra, error)
         print(_line((*cells, row.note)), flush=True)
+        self.save()
 
     def say(self, line: str) -> None:
         self.lines.append(line)
         print(f"\n{line}", flush=True)
+        self.save()
 
     @contextmanager
     def attempt(self, what: str) -> Iterator[None]:
@@ -101,9 +105,10 @@ class Table:
             self.say(f"not measured: {what}: {_reason(error)}")
         torch.cuda.empty_cache()
 
-    def as_dict(self) -> dict[str, Any]:
+    def save(self) -> None:
         rows = [asdict(row) | {"floor_ms": self.floor_ms(row)} for row in self.rows]
-        return {"ceilings": asdict(self.ceilings), "rows": rows, "lines": self.lines, "failures": self.failures}
+        found = {"ceilings": asdict(self.ceilings), "rows": rows, "lines": self.lines, "failures": self.failures}
+        self.path.write_text(json.dumps(found, indent=1))
 
 
 def short(size: int) -> str:
@@ -119,26 +124,24 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0][:240]}"
 
 
-def time_ms(*calls: Callable[[], object], budget_ms: float = 300.0) -> float:
+def time_ms(*calls: Callable[[], object], budget_ms: float = 60.0) -> float:
     """Median time of a call on the GPU. Calls on different inputs take turns; before each the L2 is overwritten."""
     flush = torch.empty(1 << 28, dtype=torch.int8, device=DEVICE)
+    times: list[float] = []
     for call in calls:
         call()
-
-    def measure(count: int) -> list[float]:
+    while len(times) < 3 or sum(times) < budget_ms:
         pairs = []
-        for i in range(count):
+        for call in calls:
             flush.zero_()
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
-            calls[i % len(calls)]()
+            call()
             end.record()
             pairs.append((start, end))
         torch.cuda.synchronize()
-        return [start.elapsed_time(end) for start, end in pairs]
-
-    rough = median(measure(len(calls)))
-    return median(measure(max(3, min(50, int(budget_ms / rough)))))
+        times += [start.elapsed_time(end) for start, end in pairs]
+    return median(times)
 
 
 def peak_gib(call: Callable[[], object]) -> tuple[float, float]:
@@ -195,7 +198,7 @@ def fastest_sdpa(q_HND: Tensor, k_HMD: Tensor, v_HMV: Tensor) -> SDPBackend:
             torch.autograd.grad(out, leaves, out.detach())
 
         try:
-            times[backend] = time_ms(step, budget_ms=50.0)
+            times[backend] = time_ms(step)
         except RuntimeError:  # no kernel for these widths
             continue
     return min(times, key=lambda backend: times[backend])

@@ -30,7 +30,7 @@ from torch import Tensor
 INDEXED = KL_LENGTH = 32 << 10
 
 
-def indexer(table: Table, tilelang: Path | None) -> None:
+def indexer(table: Table) -> None:
     M, N = INDEXED, S
     table.part(f"Lightning indexer, {N} queries over {M} keys, {INDEX_H} heads of {INDEX_D}, top {K}")
     start, end = torch.zeros(N, dtype=torch.int32, device=DEVICE), torch.full((N,), M, dtype=torch.int32, device=DEVICE)
@@ -47,35 +47,57 @@ def indexer(table: Table, tilelang: Path | None) -> None:
         table.add(Row("indexer", "scores, bf16", sizes, ms, flops, 2.0 * read + 4.0 * N * M))
         ms = time_ms(*(lambda x=x: index_topk(*x, start, end, K) for x in inputs))
         table.add(Row("indexer", "scores and top-k, bf16", sizes, ms, flops, 2.0 * read + 4.0 * N * K))
-        index_topk_of(table, tilelang, scores, start, end)
+        index_topk_of(table, scores, start, end)
         del scores
     with table.attempt("indexer in FP8"):
-        index_fp8(table, tilelang, inputs, start, end)
+        index_fp8(table, inputs, start, end)
     with table.attempt("scores of selected keys"):
         selected(table, inputs[0])
 
 
-def index_topk_of(table: Table, tilelang: Path | None, scores: list[Tensor], start: Tensor, end: Tensor) -> None:
+def index_topk_of(table: Table, scores: list[Tensor], start: Tensor, end: Tensor) -> None:
     from trimtab.kernels.topk import topk_ids
 
     N, M = scores[0].shape
     sizes, traffic = {"S_kv": M}, 4.0 * N * (M + K)
     ours = topk_ids(scores[0], K, start_N=start, end_N=end)
     ms = time_ms(*(lambda x=x: topk_ids(x, K, start_N=start, end_N=end) for x in scores))
-    best = scores[0].sort(-1, descending=True, stable=True).indices[:, :K].sort(-1).values
+    best = scores[0].sort(dim=-1, descending=True, stable=True).indices[:, :K].sort(-1).values
     note = "equal to a stable sort" if torch.equal(ours, best.int()) else "DIFFERS FROM A STABLE SORT"
     table.add(Row("indexer", "top-k", sizes, ms, 0.0, traffic, note=note))
     ms = time_ms(*(lambda x=x: x.topk(K, sorted=False) for x in scores))
     table.add(Row("indexer", "torch.topk, unsorted", sizes, ms, 0.0, traffic))
+
+
+def tilelang_indexer(table: Table, folder: Path) -> None:
+    from trimtab.kernels.indexer import index_scores, quantize_fp8
+    from trimtab.kernels.topk import topk_ids
+
+    N, M = S, INDEXED
+    table.part(f"TileLang's indexer, {N} queries over {M} keys, top {K}")
+    start, end = torch.zeros(N, dtype=torch.int32, device=DEVICE), torch.full((N,), M, dtype=torch.int32, device=DEVICE)
+    (q, q_scale), (k, k_scale) = quantize_fp8(normal(N, INDEX_H, INDEX_D)), quantize_fp8(normal(M, INDEX_D))
+    w = torch.randn(N, INDEX_H, device=DEVICE) * q_scale
+    ours = index_scores(q, k, w, start, end) * k_scale
     with table.rival("TileLang top-k"):
-        theirs = rivals.tilelang_topk(tilelang)
-        differ = (theirs(scores[0], start, end, K).sort(-1).values != ours).float().mean().item()
-        ms = time_ms(*(lambda x=x: theirs(x, start, end, K) for x in scores))
+        topk = rivals.tilelang_topk(folder)
+        ids = topk(ours, start, end, K).sort(-1).values
+        differ = (ids != topk_ids(ours, K, start_N=start, end_N=end)).float().mean().item()
+        ms = time_ms(lambda: topk(ours, start, end, K))
         note = f"in no fixed order; {differ:.1%} of sorted ids differ"
-        table.add(Row("indexer", "TileLang top-k", sizes, ms, 0.0, traffic, note=note))
+        table.add(Row("indexer", "TileLang top-k", {"S_kv": M}, ms, 0.0, 4.0 * N * (M + K), note=note))
+    with table.rival("TileLang scores, FP8"):
+        fp8_rival(table, "TileLang scores, FP8", rivals.tilelang_scores(folder), (q, k, k_scale, w, start, end), ours)
 
 
-def index_fp8(table: Table, tilelang: Path | None, inputs: list, start: Tensor, end: Tensor) -> None:
+def fp8_rival(table: Table, name: str, theirs: rivals.Scores, inputs: tuple[Tensor, ...], ours: Tensor) -> None:
+    error = relative_error(theirs(*inputs), ours)
+    ms = time_ms(lambda: theirs(*inputs))
+    flops, traffic = 2.0 * S * INDEXED * INDEX_H * INDEX_D, (S * INDEX_H + INDEXED) * INDEX_D + 4.0 * S * INDEXED
+    table.add(Row("indexer", name, {"H": INDEX_H, "S_kv": INDEXED}, ms, flops, traffic, "fp8", error=error))
+
+
+def index_fp8(table: Table, inputs: list, start: Tensor, end: Tensor) -> None:
     from trimtab.kernels.indexer import index_scores, index_topk, quantize_fp8
 
     N, M = S, INDEXED
@@ -96,15 +118,8 @@ def index_fp8(table: Table, tilelang: Path | None, inputs: list, start: Tensor, 
     table.add(Row("indexer", "scores and top-k, FP8", sizes, ms, flops, read + 4.0 * N * K, "fp8"))
     ms = time_ms(*(lambda x=x: quantize_fp8(x[0]) for x in inputs))
     table.add(Row("indexer", "quantise q", {"H": INDEX_H}, ms, 0.0, N * INDEX_H * (3.0 * INDEX_D + 4)))
-    for name, load in {
-        "DeepGEMM scores, FP8": rivals.deepgemm_scores,
-        "TileLang scores, FP8": lambda: rivals.tilelang_scores(tilelang),
-    }.items():
-        with table.rival(name):
-            theirs = load()
-            error = relative_error(theirs(*sets[0], start, end), ours)
-            ms = time_ms(*(lambda x=x, theirs=theirs: theirs(*x, start, end) for x in sets))
-            table.add(Row("indexer", name, sizes, ms, flops, read + 4.0 * N * M, "fp8", error=error))
+    with table.rival("DeepGEMM scores, FP8"):
+        fp8_rival(table, "DeepGEMM scores, FP8", rivals.deepgemm_scores(), (*sets[0], start, end), ours)
 
 
 def selected(table: Table, inputs: tuple[Tensor, ...]) -> None:

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -34,9 +33,9 @@ def flashmla() -> Forward:
     return forward
 
 
-def tilelang_forward(folder: Path | None, name: str) -> Forward:
+def tilelang_forward(folder: Path) -> Forward:
     """Its causal mask lets every query see every key if the queries begin after the last key."""
-    interface = _example(folder, name).sparse_mla_fwd_interface
+    interface = _example(folder, "sparse_mla_fwd_pipelined").sparse_mla_fwd_interface
 
     def forward(q_NHC: Tensor, kv_MC: Tensor, ids_NK: Tensor, scale: float) -> Tensor:
         q, kv, ids = q_NHC[None], kv_MC[None, :, None], ids_NK[None, :, None]
@@ -46,7 +45,7 @@ def tilelang_forward(folder: Path | None, name: str) -> Forward:
 
 
 def tilelang_backward(
-    folder: Path | None,
+    folder: Path,
 ) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]:
     """(q, kv, O, dO, ids, lse in nats, scale) -> (dq, dkv); it masks ids above the index of their query."""
     interface = _example(folder, "sparse_mla_bwd").sparse_mla_bwd
@@ -66,21 +65,17 @@ def deepgemm_scores() -> Scores:
     return lambda q, k, k_scale, w, start, end: logits(q, (k, k_scale), w, start, end)
 
 
-def tilelang_scores(folder: Path | None) -> Scores:
+def tilelang_scores(folder: Path) -> Scores:
     interface = _example(folder, "fp8_lighting_indexer").mqa_attn_return_logits_interface
     return lambda q, k, k_scale, w, start, end: interface(q, k, k_scale, w, start, end, clean_logits=False)
 
 
-def tilelang_topk(folder: Path | None) -> Callable[[Tensor, Tensor, Tensor, int], Tensor]:
+def tilelang_topk(folder: Path) -> Callable[[Tensor, Tensor, Tensor, int], Tensor]:
     """(score_NM, start_N, end_N, topk) -> ids [N, topk] in no fixed order."""
     return _example(folder, "topk_selector").tl_topk
 
 
-def _example(folder: Path | None, name: str) -> ModuleType:
-    if folder is None:
-        raise ImportError("give the folder of TileLang's examples with --tilelang")
-    if not torch.cuda.is_available():
-        raise ImportError("TileLang needs a GPU")
+def _example(folder: Path, name: str) -> ModuleType:
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))  # they import each other by plain names
     return importlib.import_module(name)

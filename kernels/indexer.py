@@ -33,12 +33,14 @@ def _index_scores_kernel(
     n1 = tl.minimum(n0 + BLOCK_N, N)
 
     n = n0 + tl.arange(0, BLOCK_N)
-    first = tl.min(tl.load(start_ptr + n, mask=n < N, other=M), 0)
-    last = tl.max(tl.load(end_ptr + n, mask=n < N, other=0), 0)
-    if (first >= m0 + BLOCK_M) | (last <= m0):
-        if FILL:
-            for hidden in range(n0, n1):
+    sees = tl.load(start_ptr + n, mask=n < N, other=M) < tl.minimum(m0 + BLOCK_M, M)
+    sees &= tl.load(end_ptr + n, mask=n < N, other=0) > m0
+    first, last = tl.min(tl.where(sees, n, n1), 0), tl.max(tl.where(sees, n + 1, n0), 0)
+    if FILL:
+        for hidden in range(n0, n1):
+            if (hidden < first) | (hidden >= last):
                 tl.store(score_ptr + hidden * M + m, float("-inf"), mask=m < M)
+    if first >= last:
         return
 
     row = m.to(tl.int64)
@@ -48,7 +50,7 @@ def _index_scores_kernel(
     scale = 1.0
     if k_scale_ptr is not None:
         scale = tl.load(k_scale_ptr + row, mask=m < M, other=0.0)
-    for i in range(n0, n1):
+    for i in range(first, last):
         at = i * H
         w = tl.load(w_ptr + at + h, mask=h < H, other=0.0).to(tl.float32)
         start, end = tl.load(start_ptr + i), tl.load(end_ptr + i)
@@ -134,13 +136,12 @@ def index_topk(
     assert k_scale_M is None or (k_scale_M.shape == (len(k_MD),) and k_scale_M.is_contiguous()), k_scale_M
     rows = max(1, min(N, SCORES_AT_ONCE // max(1, M)))
     score_RM = torch.empty(rows, M, dtype=torch.float32, device=q_NHD.device)
-    ids_NK = torch.empty(N, topk, dtype=torch.int32, device=q_NHD.device)
-    for n in range(0, N, rows):
-        part = slice(n, min(n + rows, N))
-        q, w, start, end, score = q_NHD[part], w_NH[part], start_N[part], end_N[part], score_RM[: part.stop - n]
+    parts = []
+    for q, w, start, end in zip(*(x.split(rows) for x in (q_NHD, w_NH, start_N, end_N)), strict=True):
+        score = score_RM[: len(q)]
         _scores(q, k_MD, w, start, end, score, k_scale_M, row_M, fill=False)
-        ids_NK[part] = topk_ids(score, topk, start_N=start, end_N=end)
-    return ids_NK
+        parts.append(topk_ids(score, topk, start_N=start, end_N=end))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 @triton.jit

@@ -8,17 +8,35 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from trimtab.kernels import indexer_kl_hopper
 from trimtab.kernels.indexer import index_scores
-from trimtab.kernels.masked_mha import LOG2_E, load_lse, load_rows, seen_by, split_width, store_rows, visible
+from trimtab.kernels.masked_mha import (
+    LOG2_E,
+    large_tiles,
+    load_lse,
+    load_tile,
+    seen_by,
+    split_width,
+    store_tile,
+    visible,
+)
 
 SCORES_AT_ONCE = 1 << 27
 """Scores that dense_indexer_kl holds at a time, beside as many probabilities: 2 x 512 MiB."""
 
 LOWEST = tl.constexpr(1.1754943508222875e-38)
 """The smallest normal float32."""
+
+
+@triton.jit
+def _gather(ptr, row, stride, FIRST: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Columns FIRST .. FIRST + BLOCK of the given rows, zero past WIDTH."""
+    column = FIRST + tl.arange(0, BLOCK)
+    return tl.load(
+        ptr + row.to(tl.int64)[:, None] * stride + column[None, :], mask=(column < WIDTH)[None, :], other=0.0
+    )
 
 
 @triton.jit
@@ -30,19 +48,19 @@ def _sparse_prob_kernel(
     n = tl.program_id(0).to(tl.int64)
     for h0 in range(0, H, BLOCK_H):
         h = h0 + tl.arange(0, BLOCK_H)
-        q = load_rows(q_ptr + n * H * C, h, H, C, 0, C, C_HEAD)
+        q = load_tile(q_ptr + n * H * C, h0, H, C, 0, C, BLOCK_H, C_HEAD)
         if C_REST > 0:
-            q_rest = load_rows(q_ptr + n * H * C, h, H, C, C_HEAD, C, C_REST)
+            q_rest = load_tile(q_ptr + n * H * C, h0, H, C, C_HEAD, C, BLOCK_H, C_REST)
         lse = load_lse(lse_ptr + n * H, h, h < H)
         tl.debug_barrier()  # other threads may have stored the sum that this one adds to
         for k0 in range(0, K, BLOCK_K):
             k = k0 + tl.arange(0, BLOCK_K)
             m = tl.load(ids_ptr + n * K + k, mask=k < K, other=-1)
             row = tl.maximum(m, 0)
-            kv = load_rows(kv_ptr, row, 2147483647, kv_stride, 0, C, C_HEAD)
+            kv = _gather(kv_ptr, row, kv_stride, 0, C, C_HEAD)
             score = tl.dot(kv, tl.trans(q), input_precision=PRECISION)  # keys first: they fill a tile, heads may not
             if C_REST > 0:
-                kv_rest = load_rows(kv_ptr, row, 2147483647, kv_stride, C_HEAD, C, C_REST)
+                kv_rest = _gather(kv_ptr, row, kv_stride, C_HEAD, C, C_REST)
                 score = tl.dot(kv_rest, tl.trans(q_rest), score, input_precision=PRECISION)
             prob = tl.sum(tl.exp2(score * scale_log2 - lse[None, :]), 1)
             if h0 > 0:
@@ -63,21 +81,24 @@ def sparse_prob(q_NHC: Tensor, kv_MC: Tensor, ids_NK: Tensor, lse_NH: Tensor, sc
     (N, H, C), K = q_NHC.shape, ids_NK.shape[1]
     assert kv_MC.shape[1] == C and len(ids_NK) == N and lse_NH.shape == (N, H), (q_NHC.shape, kv_MC.shape, ids_NK.shape)
     assert q_NHC.dtype == kv_MC.dtype, (q_NHC.dtype, kv_MC.dtype)
-    kv_MC = kv_MC if kv_MC.stride(1) == 1 else kv_MC.contiguous()
-    prob_NK = torch.empty(N, K, dtype=torch.float32, device=q_NHC.device)
+    kv_MC = kv_MC.detach() if kv_MC.stride(1) == 1 else kv_MC.detach().contiguous()
+    q_NHC, lse_NH, ids_NK = q_NHC.detach().contiguous(), lse_NH.contiguous(), ids_NK.to(torch.int32).contiguous()
+    prob_NK = torch.zeros(N, K, dtype=torch.float32, device=q_NHC.device)
     if not prob_NK.numel():
         return prob_NK
+    aligned = kv_MC.stride(0) % 16 == 0 and kv_MC.data_ptr() % 16 == 0
+    if indexer_kl_hopper.supported(q_NHC, (576,)) and H <= 128 and aligned:
+        indexer_kl_hopper.sparse_prob(q_NHC, kv_MC, ids_NK, lse_NH, scale * LOG2_E, prob_NK)
+        return prob_NK
     heads = max(16, triton.next_power_of_2(H))
-    if q_NHC.dtype == torch.float32:
-        BLOCK_H, BLOCK_K, warps, stages, precision = min(heads, 16), 32, 4, 1, "ieee"
-    elif heads > 64:
-        BLOCK_H, BLOCK_K, warps, stages, precision = 64, 64, 8, 2, None
+    if C > 576 or not large_tiles(q_NHC):
+        BLOCK_H, BLOCK_K, warps = 16, 32, 4
     else:
-        BLOCK_H, BLOCK_K, warps, stages, precision = heads, 64, 4, 2, None
+        BLOCK_H, BLOCK_K, warps = (64, 128, 8) if heads > 32 else (heads, 64, 4)
+    precision = "ieee" if q_NHC.dtype == torch.float32 else None
     _sparse_prob_kernel[(N,)](
-        q_NHC.detach().contiguous(), kv_MC.detach(), ids_NK.to(torch.int32).contiguous(), lse_NH.contiguous(), prob_NK,
-        H, K, kv_MC.stride(0), scale * LOG2_E, C, *split_width(C), BLOCK_H, BLOCK_K, precision,
-        num_warps=warps, num_stages=stages,
+        q_NHC, kv_MC, ids_NK, lse_NH, prob_NK, H, K, kv_MC.stride(0), scale * LOG2_E, C, *split_width(C),
+        BLOCK_H, BLOCK_K, precision, num_warps=warps, num_stages=1,
     )  # fmt: skip
     return prob_NK
 
@@ -88,8 +109,8 @@ def _dense_prob_kernel(
     D: tl.constexpr, D_HEAD: tl.constexpr, D_REST: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n0, m0 = tl.program_id(0) * BLOCK_N, tl.program_id(1) * BLOCK_M
+    n, m = n0 + tl.arange(0, BLOCK_N), m0 + tl.arange(0, BLOCK_M)
     start = tl.load(start_ptr + n, mask=n < N, other=0)
     end = tl.load(end_ptr + n, mask=n < N, other=0)
     seen = visible(start[:, None], end[:, None], m[None, :])
@@ -97,12 +118,12 @@ def _dense_prob_kernel(
 
     prob = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for h in range(0, heads):
-        q = load_rows(q_ptr + h * D, n, N, H * D, 0, D, D_HEAD)
-        k = load_rows(k_ptr + h * D, m, M, H * D, 0, D, D_HEAD)
+        q = load_tile(q_ptr + h * D, n0, N, H * D, 0, D, BLOCK_N, D_HEAD)
+        k = load_tile(k_ptr + h * D, m0, M, H * D, 0, D, BLOCK_M, D_HEAD)
         score = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if D_REST > 0:
-            q_rest = load_rows(q_ptr + h * D, n, N, H * D, D_HEAD, D, D_REST)
-            k_rest = load_rows(k_ptr + h * D, m, M, H * D, D_HEAD, D, D_REST)
+            q_rest = load_tile(q_ptr + h * D, n0, N, H * D, D_HEAD, D, BLOCK_N, D_REST)
+            k_rest = load_tile(k_ptr + h * D, m0, M, H * D, D_HEAD, D, BLOCK_M, D_REST)
             score = tl.dot(q_rest, tl.trans(k_rest), score, input_precision=PRECISION)
         lse = load_lse(lse_ptr + h, n.to(tl.int64) * H, n < N)
         prob += tl.exp2(score * scale_log2 - lse[:, None])
@@ -126,13 +147,12 @@ def dense_prob(q_NHD: Tensor, k_MHD: Tensor, lse_NH: Tensor, start_N: Tensor, en
     assert start_N.shape == end_N.shape == (N,) and q_NHD.dtype == k_MHD.dtype, (start_N.shape, q_NHD.dtype)
     q_NHD, k_MHD = q_NHD.detach().contiguous(), k_MHD.detach().contiguous()
     prob_NM = torch.empty(N, M, dtype=torch.float32, device=q_NHD.device)
-    if indexer_kl_hopper.supported(q_NHD):
+    if indexer_kl_hopper.supported(q_NHD, (64, 128, 192)):
         indexer_kl_hopper.dense_prob(q_NHD, k_MHD, lse_NH, start_N, end_N, scale * LOG2_E, prob_NM)
         return prob_NM
-    if q_NHD.dtype == torch.float32:
-        BLOCK_N, BLOCK_M, warps, stages, precision = 32, 32, 4, 1, "ieee"
-    else:
-        BLOCK_N, BLOCK_M, warps, stages, precision = 128, 128, 8, 2, None
+    large = D <= 192 and large_tiles(q_NHD)
+    BLOCK_N, BLOCK_M, warps, stages = (128, 128, 8, 2) if large else (32, 32, 4, 1)
+    precision = "ieee" if q_NHD.dtype == torch.float32 else None
     _dense_prob_kernel[(triton.cdiv(N, BLOCK_N), triton.cdiv(M, BLOCK_M))](
         q_NHD, k_MHD, lse_NH.contiguous(), start_N, end_N, prob_NM, N, M, H, scale * LOG2_E, D, *split_width(D),
         BLOCK_N, BLOCK_M, precision, num_warps=warps, num_stages=stages,
@@ -210,38 +230,39 @@ def _score_gradient(score_NM: Tensor, prob_NM: Tensor, start_N: Tensor, end_N: T
 
 @triton.jit
 def _index_query_gradient_kernel(
-    q_ptr, k_ptr, w_ptr, dscore_ptr, dkl_ptr, start_ptr, end_ptr, dq_ptr, dw_ptr, M, H,
+    q_ptr, k_ptr, w_ptr, dscore_ptr, start_ptr, end_ptr, dq_ptr, dw_ptr, M, H,
     D: tl.constexpr, D_BLOCK: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0).to(tl.int64)
-    h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    h0 = tl.program_id(1) * BLOCK_H
+    h = h0 + tl.arange(0, BLOCK_H)
     start, end = tl.load(start_ptr + n), tl.load(end_ptr + n)
-    q = load_rows(q_ptr + n * H * D, h, H, D, 0, D, D_BLOCK)
+    q = load_tile(q_ptr + n * H * D, h0, H, D, 0, D, BLOCK_H, D_BLOCK)
     pull = tl.zeros([BLOCK_H, D_BLOCK], tl.float32)  # sum_m dscore[m] [q . k[m] > 0] k[m]
     for m0 in range(start // BLOCK_M * BLOCK_M, end, BLOCK_M):
         m = m0 + tl.arange(0, BLOCK_M)
-        k = load_rows(k_ptr, m, M, D, 0, D, D_BLOCK)
+        k = load_tile(k_ptr, m0, M, D, 0, D, BLOCK_M, D_BLOCK)
         dscore = tl.load(dscore_ptr + n * M + m, mask=m < M, other=0.0)
         score = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         pull = tl.dot(tl.where(score > 0.0, dscore[None, :], 0.0).to(k.dtype), k, pull, input_precision=PRECISION)
-    pull *= tl.load(dkl_ptr + n)
     w = tl.load(w_ptr + n * H + h, mask=h < H, other=0.0).to(tl.float32)
-    store_rows(dq_ptr + n * H * D, pull * w[:, None], h, H, D, 0, D, D_BLOCK)
+    store_tile(dq_ptr + n * H * D, pull * w[:, None], h0, H, D, 0, D, BLOCK_H, D_BLOCK)
     tl.store(dw_ptr + n * H + h, tl.sum(pull * q.to(tl.float32), 1), mask=h < H)
 
 
 def _index_query_gradient(
-    q_NHD: Tensor, k_MD: Tensor, w_NH: Tensor, dscore_NM: Tensor, dkl_N: Tensor, start_N: Tensor, end_N: Tensor,
-    dq_NHD: Tensor, dw_NH: Tensor,
+    q_NHD: Tensor, k_MD: Tensor, w_NH: Tensor, dscore_NM: Tensor, start_N: Tensor, end_N: Tensor, dq_NHD: Tensor,
+    dw_NH: Tensor,
 ) -> None:  # fmt: skip
-    """Writes dq[n, h] = w[n, h] g and dw[n, h] = q[n, h] . g, with g = sum_m dkl dscore [q . k > 0] k, per query."""
+    """Writes dq[n, h] = w[n, h] g and dw[n, h] = q[n, h] . g, where g = sum_m dscore[n, m] [q . k > 0] k[m]."""
     (N, H, D), M = q_NHD.shape, len(k_MD)
     assert k_MD.shape == (M, D) and dq_NHD.shape == (N, H, D) and w_NH.shape == dw_NH.shape == (N, H)
-    assert dscore_NM.shape == (N, M) and dkl_N.shape == start_N.shape == end_N.shape == (N,)
-    tensors = q_NHD, k_MD, w_NH, dscore_NM, dkl_N, start_N, end_N, dq_NHD, dw_NH
+    assert dscore_NM.shape == (N, M) and start_N.shape == end_N.shape == (N,)
+    tensors = q_NHD, k_MD, w_NH, dscore_NM, start_N, end_N, dq_NHD, dw_NH
     assert all(x.is_contiguous() for x in tensors)
     BLOCK_H = min(64, max(16, triton.next_power_of_2(H)))
-    BLOCK_M, stages, precision = (32, 1, "ieee") if q_NHD.dtype == torch.float32 else (128, 2, None)
+    BLOCK_M, stages = (128, 3) if D <= 128 and large_tiles(q_NHD) else (32, 1)
+    precision = "ieee" if q_NHD.dtype == torch.float32 else None
     _index_query_gradient_kernel[(N, triton.cdiv(H, BLOCK_H))](
         *tensors, M, H, D, max(16, triton.next_power_of_2(D)), BLOCK_H, BLOCK_M, precision,
         num_warps=4, num_stages=stages,
@@ -250,56 +271,61 @@ def _index_query_gradient(
 
 @triton.jit
 def _index_key_gradient_kernel(
-    q_ptr, k_ptr, w_ptr, dscore_ptr, dkl_ptr, span_ptr, dk_ptr, M, H,
+    q_ptr, k_ptr, w_ptr, dscore_ptr, span_ptr, dk_ptr, M, H,
     D: tl.constexpr, D_BLOCK: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    m0 = tl.program_id(0) * BLOCK_M
+    m = m0 + tl.arange(0, BLOCK_M)
     first, last = tl.load(span_ptr + tl.program_id(0) * 2), tl.load(span_ptr + tl.program_id(0) * 2 + 1)
     share = tl.cdiv(tl.maximum(last - first, 0), tl.num_programs(1))
     first += tl.program_id(1) * share
     blocks = tl.cdiv(H, BLOCK_H)
 
-    k = load_rows(k_ptr, m, M, D, 0, D, D_BLOCK)
+    k = load_tile(k_ptr, m0, M, D, 0, D, BLOCK_M, D_BLOCK)
     dk = tl.zeros([BLOCK_M, D_BLOCK], tl.float32)
     for i in range(0, tl.minimum(share, last - first) * blocks):
         n = (first + i // blocks).to(tl.int64)
-        h = i % blocks * BLOCK_H + tl.arange(0, BLOCK_H)
-        q = load_rows(q_ptr + n * H * D, h, H, D, 0, D, D_BLOCK)
-        w = tl.load(w_ptr + n * H + h, mask=h < H, other=0.0).to(tl.float32) * tl.load(dkl_ptr + n)
+        h0 = i % blocks * BLOCK_H
+        h = h0 + tl.arange(0, BLOCK_H)
+        q = load_tile(q_ptr + n * H * D, h0, H, D, 0, D, BLOCK_H, D_BLOCK)
+        w = tl.load(w_ptr + n * H + h, mask=h < H, other=0.0).to(tl.float32)
         dscore = tl.load(dscore_ptr + n * M + m, mask=m < M, other=0.0)
         score = tl.dot(k, tl.trans(q), input_precision=PRECISION)
         push = tl.where(score > 0.0, dscore[:, None] * w[None, :], 0.0).to(q.dtype)
         dk = tl.dot(push, q, dk, input_precision=PRECISION)
-    store_rows(dk_ptr + tl.program_id(1).to(tl.int64) * M * D, dk, m, M, D, 0, D, D_BLOCK)
+    store_tile(dk_ptr + tl.program_id(1).to(tl.int64) * M * D, dk, m0, M, D, 0, D, BLOCK_M, D_BLOCK)
 
 
 def _index_key_gradient(
-    q_NHD: Tensor, k_MD: Tensor, w_NH: Tensor, dscore_NM: Tensor, dkl_N: Tensor, start_N: Tensor, end_N: Tensor
+    q_NHD: Tensor, k_MD: Tensor, w_NH: Tensor, dscore_NM: Tensor, start_N: Tensor, end_N: Tensor
 ) -> Tensor:
-    """dk[m] = sum_nh dkl[n] dscore[n, m] w[n, h] [q . k > 0] q[n, h], the queries in parts that are summed in order.
+    """dk[m] = sum_nh dscore[n, m] w[n, h] [q . k > 0] q[n, h], the queries in parts that are summed in order.
 
     Returns:
         [M, D] float32.
     """
     (N, H, D), M = q_NHD.shape, len(k_MD)
-    assert k_MD.shape == (M, D) and w_NH.shape == (N, H) and dscore_NM.shape == (N, M) and dkl_N.shape == (N,)
+    assert k_MD.shape == (M, D) and w_NH.shape == (N, H) and dscore_NM.shape == (N, M)
     BLOCK_H = min(64, max(16, triton.next_power_of_2(H)))
-    BLOCK_M, warps, stages, precision = (32, 4, 1, "ieee") if q_NHD.dtype == torch.float32 else (128, 8, 3, None)
+    BLOCK_M, stages = (64, 3) if D <= 128 and large_tiles(q_NHD) else (32, 1)
+    precision = "ieee" if q_NHD.dtype == torch.float32 else None
     span = seen_by(start_N, end_N, M, BLOCK_M)
     # enough programs to fill a GPU, and not of this GPU's number: the sum's order is fixed
     parts = min(triton.cdiv(1024, len(span)), triton.cdiv(N, 64))
     dk_PMD = torch.empty(parts, M, D, dtype=torch.float32, device=q_NHD.device)
-    tensors = q_NHD, k_MD, w_NH, dscore_NM, dkl_N, span, dk_PMD
+    tensors = q_NHD, k_MD, w_NH, dscore_NM, span, dk_PMD
     assert all(x.is_contiguous() for x in tensors)
     _index_key_gradient_kernel[(len(span), parts)](
         *tensors, M, H, D, max(16, triton.next_power_of_2(D)), BLOCK_H, BLOCK_M, precision,
-        num_warps=warps, num_stages=stages,
+        num_warps=4, num_stages=stages,
     )  # fmt: skip
     return dk_PMD.sum(0)
 
 
 def _chunks(start_N: Tensor, end_N: Tensor, M: int) -> list[tuple[slice, slice]]:
     """Queries in chunks of at most SCORES_AT_ONCE scores, each with the keys from the first to the last it sees."""
+    if not len(start_N):
+        return []
     rows = max(1, SCORES_AT_ONCE // max(M, 1))
     first = torch.where(start_N < end_N, start_N, M).split(rows)
     last = torch.where(start_N < end_N, end_N, 0).split(rows)
@@ -310,34 +336,37 @@ def _chunks(start_N: Tensor, end_N: Tensor, M: int) -> list[tuple[slice, slice]]
 class _DenseIndexerKl(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx, index_q: Tensor, index_k: Tensor, index_w: Tensor, q_NHD: Tensor, k_MHD: Tensor,
-        lse_NH: Tensor, start_N: Tensor, end_N: Tensor, scale: float,
+        ctx, index_q: Tensor, index_k: Tensor, index_w: Tensor, q_NHD: Tensor, k_MHD: Tensor, lse_NH: Tensor,
+        start_N: Tensor, end_N: Tensor, scale: float,
     ) -> Tensor:  # fmt: skip
         kl_N = torch.zeros(len(q_NHD), dtype=torch.float32, device=q_NHD.device)
-        chunks = _chunks(start_N, end_N, len(k_MHD))
-        for n, m in chunks:
+        if learns := any(ctx.needs_input_grad):
+            dq, dw = torch.zeros_like(index_q), torch.zeros_like(index_w)
+            dk = torch.zeros_like(index_k, dtype=torch.float32)
+            ctx.save_for_backward(dq, dk, dw, start_N < end_N)
+        for n, m in _chunks(start_N, end_N, len(k_MHD)):
             start, end = start_N[n] - m.start, end_N[n] - m.start
-            score = index_scores(index_q[n], index_k[m], index_w[n], start, end)
-            _kl(score, dense_prob(q_NHD[n], k_MHD[m], lse_NH[n], start, end, scale), start, end, kl_N[n])
-        ctx.save_for_backward(index_q, index_k, index_w, q_NHD, k_MHD, lse_NH, start_N, end_N)
-        ctx.scale, ctx.chunks = scale, chunks  # type: ignore[attr-defined]
+            inputs = index_q[n], index_k[m], index_w[n]
+            score = index_scores(*inputs, start, end)
+            prob = dense_prob(q_NHD[n], k_MHD[m], lse_NH[n], start, end, scale)
+            _kl(score, prob, start, end, kl_N[n])
+            if learns:
+                dscore = _score_gradient(score, prob, start, end)
+                _index_query_gradient(*inputs, dscore, start, end, dq[n], dw[n])
+                dk[m] += _index_key_gradient(*inputs, dscore, start, end)
         return kl_N
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dkl_N: Tensor) -> tuple[Tensor | None, ...]:
-        index_q, index_k, index_w, q_NHD, k_MHD, lse_NH, start_N, end_N = ctx.saved_tensors
-        dkl_N = dkl_N.contiguous()
-        dq, dw = torch.zeros_like(index_q), torch.zeros_like(index_w)
-        dk = torch.zeros_like(index_k, dtype=torch.float32)
-        for n, m in ctx.chunks:
-            start, end = start_N[n] - m.start, end_N[n] - m.start
-            inputs = index_q[n], index_k[m], index_w[n]
-            dscore = dense_prob(q_NHD[n], k_MHD[m], lse_NH[n], start, end, ctx.scale)
-            dscore = _score_gradient(index_scores(*inputs, start, end), dscore, start, end)
-            _index_query_gradient(*inputs, dscore, dkl_N[n], start, end, dq[n], dw[n])
-            dk[m] += _index_key_gradient(*inputs, dscore, dkl_N[n], start, end)
-        return dq, dk.to(index_k.dtype), dw, *[None] * 6
+        dq, dk, dw, sees_N = ctx.saved_tensors
+        lowest, weight = torch.stack(
+            [dkl_N.masked_fill(~sees_N, float("inf")).min(), dkl_N.masked_fill(~sees_N, float("-inf")).max()]
+        ).tolist()
+        if lowest < weight:
+            raise ValueError(f"queries weigh from {lowest} to {weight}: give those that do not count an empty range")
+        weight = 0.0 if lowest > weight else weight  # no query has keys
+        return dq * weight, (dk * weight).to(dq.dtype), dw * weight, *[None] * 6
 
 
 def dense_indexer_kl(
@@ -356,9 +385,12 @@ def dense_indexer_kl(
         L[n] = KL(p[n] || softmax(I[n])) over the visible keys,   p = dense_prob, normalised to sum 1
         dL[n]/dI[n] = softmax(I[n]) - p[n]
 
-    [DeepSeek-V3.2-Exp, eq. 3]. Differentiable in the indexer's q, k and w; the same bits on every run. The gradient
-    of the keys mixes queries, so it waits for the weight of each: the backward pass makes p and I once more, which
-    costs half as much again as one pass that knew the weights. The memory is that of the chunk (SCORES_AT_ONCE).
+    [DeepSeek-V3.2-Exp, eq. 3]. Differentiable in the indexer's q, k and w; the same bits on every run.
+
+    The gradient of the keys mixes queries, so it needs the weight of each. Making p once more in the backward pass
+    would cost half as much again; so the forward pass makes the gradients too, for queries of equal weight, and the
+    backward pass multiplies by that weight. A sum or mean over queries is such; a query that should not count is
+    given an empty range. Beside the gradients the memory is that of a chunk (SCORES_AT_ONCE).
 
     Args:
         q_NHD, k_MHD, lse_NH: main attention's queries, keys of each head and lse over the visible keys: no gradient.
@@ -366,6 +398,9 @@ def dense_indexer_kl(
 
     Returns:
         [N] float32, in nats; zero for a query without keys.
+
+    Raises:
+        ValueError: in the backward pass, the gradient is not the same for every query that has keys.
     """
     (N, H, D), M = index_q_NHD.shape, len(k_MHD)
     assert index_k_MD.shape == (M, D) and index_w_NH.shape == (N, H) and len(q_NHD) == N

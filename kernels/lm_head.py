@@ -89,12 +89,13 @@ def _kept_softmax(
     (S, D), V, E = hidden_SD.shape, len(weight_VD), len(kept_id_E)
     position_E = torch.arange(E, device=hidden_SD.device, dtype=kept_offset_S.dtype)
     row_E = torch.searchsorted(kept_offset_S[1:], position_E, right=True, out_int32=True).clamp(max=S - 1)
-    BLOCK_E, BLOCK_D = 8, min(256, triton.next_power_of_2(D))
+    BLOCK_E, BLOCK_D = 4, min(256, triton.next_power_of_2(D))
     logit_E = hidden_SD.new_empty(E, dtype=torch.float32)
     if E:
         _kept_logit_kernel[triton.cdiv(E, BLOCK_E),](
-            hidden_SD, weight_VD, row_E, kept_id_E, kept_offset_S, logit_E, E, D, V, 1 / temperature, BLOCK_E, BLOCK_D
-        )
+            hidden_SD, weight_VD, row_E, kept_id_E, kept_offset_S, logit_E, E, D, V, 1 / temperature, BLOCK_E, BLOCK_D,
+            num_warps=2,
+        )  # fmt: skip
     logp_S, lse_S, entropy_S = hidden_SD.new_empty(3, S, dtype=torch.float32)
     fault_S = token_S.new_empty(S, dtype=torch.int32)
     _kept_softmax_kernel[S,](

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 LOG2_E = 1.4426950408889634
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -28,9 +28,17 @@ class Tile(NamedTuple):
 
 
 FORWARD, QUERY_GRADIENT, KEY_GRADIENT = Tile(128, 64, 8, 3), Tile(128, 32, 8, 3), Tile(32, 64, 4, 2)
-"""For half precision and the widths 192 and 128: what an H200 runs fastest."""
+"""What an H200 runs fastest in half precision at the widths 192 and 128."""
 SMALL = Tile(32, 32, 4, 1)
-"""For fp32, whose products do not run on tensor cores."""
+"""Where those do not fit."""
+
+
+def large_tiles(x: Tensor) -> bool:
+    """Whether tiles of the H200's size fit: 16-bit values, and 227 KiB of shared memory a program."""
+    if x.dtype == torch.float32 or not x.is_cuda:
+        return x.dtype != torch.float32
+    properties = torch.cuda.get_device_properties(x.device)
+    return getattr(properties, "shared_memory_per_block_optin", 0) >= 227 * 1024
 
 
 def split_width(D: int) -> tuple[int, int]:
@@ -40,26 +48,36 @@ def split_width(D: int) -> tuple[int, int]:
 
 
 @triton.jit
-def load_rows(ptr, row, row_count, stride, FIRST: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Columns FIRST .. FIRST + BLOCK of rows of a matrix, zero past its last row and past WIDTH."""
-    column = FIRST + tl.arange(0, BLOCK)
-    inside = (row < row_count)[:, None] & (column < WIDTH)[None, :]
-    return tl.load(ptr + row.to(tl.int64)[:, None] * stride + column[None, :], mask=inside, other=0.0)
+def _tile(ptr, first, count, stride, FIRST: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Addresses of a tile, and which lie inside. Offsets within it are int32: the compiler keeps them over a loop."""
+    row, column = tl.arange(0, ROWS), FIRST + tl.arange(0, BLOCK)
+    inside = (first + row < count)[:, None] & (column < WIDTH)[None, :]
+    return ptr + tl.full([], first, tl.int64) * stride + (row[:, None] * stride + column[None, :]), inside
 
 
 @triton.jit
-def store_rows(ptr, value, row, row_count, stride, FIRST: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """The inverse of load_rows."""
-    column = FIRST + tl.arange(0, BLOCK)
-    inside = (row < row_count)[:, None] & (column < WIDTH)[None, :]
-    place = ptr + row.to(tl.int64)[:, None] * stride + column[None, :]
+def load_tile(
+    ptr, first, count, stride, FIRST: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Columns FIRST .. FIRST + BLOCK of ROWS rows of a matrix, zero past its last row and past WIDTH."""
+    place, inside = _tile(ptr, first, count, stride, FIRST, WIDTH, ROWS, BLOCK)
+    return tl.load(place, mask=inside, other=0.0)
+
+
+@triton.jit
+def store_tile(
+    ptr, value, first, count, stride, FIRST: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The inverse of load_tile."""
+    place, inside = _tile(ptr, first, count, stride, FIRST, WIDTH, ROWS, BLOCK)
     tl.store(place, value.to(ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def visible(start, end, m):
     """Whether key m[j] lies in the range of query i: one comparison, because a key before start wraps around."""
-    return (m - start).to(tl.uint32) < (end - start).to(tl.uint32)
+    return (m - start).to(tl.uint32) < tl.maximum(end - start, 0).to(tl.uint32)
 
 
 @triton.jit
@@ -131,7 +149,7 @@ def _query_ranges(start_ptr, end_ptr, n, N, BLOCK_M: tl.constexpr):
     lo = tl.min(tl.where(sees, start, 2147483647), 0) // BLOCK_M * BLOCK_M
     hi = tl.max(tl.where(sees, end, 0), 0)
     full_lo = tl.cdiv(tl.max(tl.where(n < N, start, 0), 0), BLOCK_M) * BLOCK_M
-    full_hi = tl.min(tl.where(n < N, end, 2147483647), 0) // BLOCK_M * BLOCK_M
+    full_hi = tl.min(tl.where(n < N, tl.where(sees, end, 0), 2147483647), 0) // BLOCK_M * BLOCK_M
     full_lo = tl.minimum(tl.maximum(full_lo, lo), hi)
     full_hi = tl.maximum(full_hi, full_lo)
     return start, end, lo, hi, full_lo, full_hi
@@ -139,16 +157,19 @@ def _query_ranges(start_ptr, end_ptr, n, N, BLOCK_M: tl.constexpr):
 
 @triton.jit
 def _forward_tiles(
-    acc, top, total, q, q_rest, n, start, end, lo, hi, k_ptr, v_ptr, bits_ptr, N, M, W, k_stride, v_stride, scale_log2,
+    acc, top, total, q, q_rest, n, start, end, first, last, gap, gap_width, k_ptr, v_ptr, bits_ptr, N, M, W,
+    k_stride, v_stride, scale_log2,
     D: tl.constexpr, D_HEAD: tl.constexpr, D_REST: tl.constexpr, V: tl.constexpr, V_BLOCK: tl.constexpr,
     SELECTED: tl.constexpr, FULL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    for m0 in range(lo, hi, BLOCK_M):
+    """Attends to the keys [first, last), those from the gap on moved up by its width. FULL: all queries see them."""
+    for i in range(first, last, BLOCK_M):
+        m0 = tl.where(i < gap, i, i + gap_width)
         m = m0 + tl.arange(0, BLOCK_M)
-        score = tl.dot(q, tl.trans(load_rows(k_ptr, m, M, k_stride, 0, D, D_HEAD)), input_precision=PRECISION)
+        score = tl.dot(q, tl.trans(load_tile(k_ptr, m0, M, k_stride, 0, D, BLOCK_M, D_HEAD)), input_precision=PRECISION)
         if D_REST > 0:
-            k_rest = load_rows(k_ptr, m, M, k_stride, D_HEAD, D, D_REST)
+            k_rest = load_tile(k_ptr, m0, M, k_stride, D_HEAD, D, BLOCK_M, D_REST)
             score = tl.dot(q_rest, tl.trans(k_rest), score, input_precision=PRECISION)
         if SELECTED:
             score = tl.where(_selected(bits_ptr, n, N, start, m0, W, BLOCK_N, BLOCK_M), score, float("-inf"))
@@ -159,7 +180,7 @@ def _forward_tiles(
         prob = tl.exp2(score * scale_log2 - finite_top[:, None])
         shrink = tl.exp2(top - finite_top)
         total = total * shrink + tl.sum(prob, 1)
-        v = load_rows(v_ptr, m, M, v_stride, 0, V, V_BLOCK)
+        v = load_tile(v_ptr, m0, M, v_stride, 0, V, BLOCK_M, V_BLOCK)
         acc = tl.dot(prob.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
         top = new_top
     return acc, top, total
@@ -173,13 +194,14 @@ def _forward_kernel(
 ):  # fmt: skip
     h = tl.program_id(1).to(tl.int64)
     block = tl.num_programs(0) - 1 - tl.program_id(0)  # late queries see most: the longest programs start first
-    n = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    n0 = block * BLOCK_N
+    n = n0 + tl.arange(0, BLOCK_N)
     start, end, lo, hi, full_lo, full_hi = _query_ranges(start_ptr, end_ptr, n, N, BLOCK_M)
 
-    q = load_rows(q_ptr + h * D, n, N, H * D, 0, D, D_HEAD)
+    q = load_tile(q_ptr + h * D, n0, N, H * D, 0, D, BLOCK_N, D_HEAD)
     q_rest = q
     if D_REST > 0:
-        q_rest = load_rows(q_ptr + h * D, n, N, H * D, D_HEAD, D, D_REST)
+        q_rest = load_tile(q_ptr + h * D, n0, N, H * D, D_HEAD, D, BLOCK_N, D_REST)
     acc = tl.zeros([BLOCK_N, V_BLOCK], tl.float32)
     total = tl.zeros([BLOCK_N], tl.float32)
     top = tl.full([BLOCK_N], float("-inf"), tl.float32)
@@ -187,26 +209,23 @@ def _forward_kernel(
     v_ptr += h * V
     if SELECTED:
         acc, top, total = _forward_tiles(
-            acc, top, total, q, q_rest, n, start, end, lo, hi, k_ptr, v_ptr, bits_ptr, N, M, W, H * D, H * V,
+            acc, top, total, q, q_rest, n, start, end, lo, hi, hi, 0, k_ptr, v_ptr, bits_ptr, N, M, W, H * D, H * V,
             scale_log2, D, D_HEAD, D_REST, V, V_BLOCK, True, False, BLOCK_N, BLOCK_M, PRECISION,
         )  # fmt: skip
     else:
+        full = full_hi - full_lo
         acc, top, total = _forward_tiles(
-            acc, top, total, q, q_rest, n, start, end, lo, full_lo, k_ptr, v_ptr, bits_ptr, N, M, W, H * D, H * V,
-            scale_log2, D, D_HEAD, D_REST, V, V_BLOCK, False, False, BLOCK_N, BLOCK_M, PRECISION,
+            acc, top, total, q, q_rest, n, start, end, full_lo, full_hi, full_hi, 0, k_ptr, v_ptr, bits_ptr, N, M, W,
+            H * D, H * V, scale_log2, D, D_HEAD, D_REST, V, V_BLOCK, False, True, BLOCK_N, BLOCK_M, PRECISION,
         )  # fmt: skip
         acc, top, total = _forward_tiles(
-            acc, top, total, q, q_rest, n, start, end, full_lo, full_hi, k_ptr, v_ptr, bits_ptr, N, M, W, H * D, H * V,
-            scale_log2, D, D_HEAD, D_REST, V, V_BLOCK, False, True, BLOCK_N, BLOCK_M, PRECISION,
-        )  # fmt: skip
-        acc, top, total = _forward_tiles(
-            acc, top, total, q, q_rest, n, start, end, full_hi, hi, k_ptr, v_ptr, bits_ptr, N, M, W, H * D, H * V,
-            scale_log2, D, D_HEAD, D_REST, V, V_BLOCK, False, False, BLOCK_N, BLOCK_M, PRECISION,
+            acc, top, total, q, q_rest, n, start, end, lo, hi - full, full_lo, full, k_ptr, v_ptr, bits_ptr, N, M, W,
+            H * D, H * V, scale_log2, D, D_HEAD, D_REST, V, V_BLOCK, False, False, BLOCK_N, BLOCK_M, PRECISION,
         )  # fmt: skip
 
     total = tl.where(total == 0.0, 1.0, total)  # no keys: acc is 0 and top -inf, as they should be
     acc = acc / total[:, None]
-    store_rows(out_ptr + h * V, acc, n, N, H * V, 0, V, V_BLOCK)
+    store_tile(out_ptr + h * V, acc, n0, N, H * V, 0, V, BLOCK_N, V_BLOCK)
     tl.store(lse_ptr + n.to(tl.int64) * H + h, (top + tl.log2(total)) * LN_2, mask=n < N)
 
 
@@ -226,28 +245,29 @@ def _query_gradient_kernel(
 ):  # fmt: skip
     h = tl.program_id(1).to(tl.int64)
     block = tl.num_programs(0) - 1 - tl.program_id(0)
-    n = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    n0 = block * BLOCK_N
+    n = n0 + tl.arange(0, BLOCK_N)
     start, end, lo, hi, _, _ = _query_ranges(start_ptr, end_ptr, n, N, BLOCK_M)
 
-    dout = load_rows(dout_ptr + h * V, n, N, H * V, 0, V, V_BLOCK)
-    out = load_rows(out_ptr + h * V, n, N, H * V, 0, V, V_BLOCK)
+    dout = load_tile(dout_ptr + h * V, n0, N, H * V, 0, V, BLOCK_N, V_BLOCK)
+    out = load_tile(out_ptr + h * V, n0, N, H * V, 0, V, BLOCK_N, V_BLOCK)
     delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
     tl.store(delta_ptr + n.to(tl.int64) * H + h, delta, mask=n < N)
     lse = load_lse(lse_ptr + h, n.to(tl.int64) * H, n < N)
-    q = load_rows(q_ptr + h * D, n, N, H * D, 0, D, D_HEAD)
+    q = load_tile(q_ptr + h * D, n0, N, H * D, 0, D, BLOCK_N, D_HEAD)
     dq = tl.zeros([BLOCK_N, D_HEAD], tl.float32)
     if D_REST > 0:
-        q_rest = load_rows(q_ptr + h * D, n, N, H * D, D_HEAD, D, D_REST)
+        q_rest = load_tile(q_ptr + h * D, n0, N, H * D, D_HEAD, D, BLOCK_N, D_REST)
         dq_rest = tl.zeros([BLOCK_N, D_REST], tl.float32)
 
     for m0 in range(lo, hi, BLOCK_M):
         m = m0 + tl.arange(0, BLOCK_M)
-        k = load_rows(k_ptr + h * D, m, M, H * D, 0, D, D_HEAD)
+        k = load_tile(k_ptr + h * D, m0, M, H * D, 0, D, BLOCK_M, D_HEAD)
         score = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if D_REST > 0:
-            k_rest = load_rows(k_ptr + h * D, m, M, H * D, D_HEAD, D, D_REST)
+            k_rest = load_tile(k_ptr + h * D, m0, M, H * D, D_HEAD, D, BLOCK_M, D_REST)
             score = tl.dot(q_rest, tl.trans(k_rest), score, input_precision=PRECISION)
-        v = load_rows(v_ptr + h * V, m, M, H * V, 0, V, V_BLOCK)
+        v = load_tile(v_ptr + h * V, m0, M, H * V, 0, V, BLOCK_M, V_BLOCK)
         dprob = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
         if SELECTED:
             seen = _selected(bits_ptr, n, N, start, m0, W, BLOCK_N, BLOCK_M)
@@ -260,9 +280,9 @@ def _query_gradient_kernel(
             dq_rest = tl.dot(dscore, k_rest, dq_rest, input_precision=PRECISION)
 
     scale = scale_log2 * LN_2
-    store_rows(dq_ptr + h * D, dq * scale, n, N, H * D, 0, D, D_HEAD)
+    store_tile(dq_ptr + h * D, dq * scale, n0, N, H * D, 0, D, BLOCK_N, D_HEAD)
     if D_REST > 0:
-        store_rows(dq_ptr + h * D, dq_rest * scale, n, N, H * D, D_HEAD, D, D_REST)
+        store_tile(dq_ptr + h * D, dq_rest * scale, n0, N, H * D, D_HEAD, D, BLOCK_N, D_REST)
 
 
 @triton.jit
@@ -305,21 +325,21 @@ def _key_gradient_kernel(
     first = tl.load(span_ptr + tl.program_id(0) * 2) // BLOCK_N * BLOCK_N
     last = tl.load(span_ptr + tl.program_id(0) * 2 + 1)
 
-    k = load_rows(k_ptr + h * D, m, M, H * D, 0, D, D_HEAD)
-    v = load_rows(v_ptr + h * V, m, M, H * V, 0, V, V_BLOCK)
+    k = load_tile(k_ptr + h * D, m0, M, H * D, 0, D, BLOCK_M, D_HEAD)
+    v = load_tile(v_ptr + h * V, m0, M, H * V, 0, V, BLOCK_M, V_BLOCK)
     dk = tl.zeros([BLOCK_M, D_HEAD], tl.float32)
     dv = tl.zeros([BLOCK_M, V_BLOCK], tl.float32)
     if D_REST > 0:
-        k_rest = load_rows(k_ptr + h * D, m, M, H * D, D_HEAD, D, D_REST)
+        k_rest = load_tile(k_ptr + h * D, m0, M, H * D, D_HEAD, D, BLOCK_M, D_REST)
         dk_rest = tl.zeros([BLOCK_M, D_REST], tl.float32)
 
     for n0 in range(first, last, BLOCK_N):
         n = n0 + tl.arange(0, BLOCK_N)
         start = tl.load(start_ptr + n, mask=n < N, other=0)
-        q = load_rows(q_ptr + h * D, n, N, H * D, 0, D, D_HEAD)
+        q = load_tile(q_ptr + h * D, n0, N, H * D, 0, D, BLOCK_N, D_HEAD)
         score = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
         if D_REST > 0:
-            q_rest = load_rows(q_ptr + h * D, n, N, H * D, D_HEAD, D, D_REST)
+            q_rest = load_tile(q_ptr + h * D, n0, N, H * D, D_HEAD, D, BLOCK_N, D_REST)
             score = tl.dot(k_rest, tl.trans(q_rest), score, input_precision=PRECISION)
         if SELECTED:
             seen = _selected_transposed(bits_ptr, n, N, start, m0, W, BLOCK_N, BLOCK_M)
@@ -328,7 +348,7 @@ def _key_gradient_kernel(
             seen = visible(start[None, :], end[None, :], m[:, None])
         lse = load_lse(lse_ptr + h, n.to(tl.int64) * H, n < N)
         prob = tl.exp2(tl.where(seen, score, float("-inf")) * scale_log2 - lse[None, :])
-        dout = load_rows(dout_ptr + h * V, n, N, H * V, 0, V, V_BLOCK)
+        dout = load_tile(dout_ptr + h * V, n0, N, H * V, 0, V, BLOCK_N, V_BLOCK)
         dv = tl.dot(prob.to(dout.dtype), dout, dv, input_precision=PRECISION)
         dprob = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
         delta = tl.load(delta_ptr + n.to(tl.int64) * H + h, mask=n < N, other=0.0)
@@ -338,16 +358,16 @@ def _key_gradient_kernel(
             dk_rest = tl.dot(dscore, q_rest, dk_rest, input_precision=PRECISION)
 
     scale = scale_log2 * LN_2
-    store_rows(dk_ptr + h * D, dk * scale, m, M, H * D, 0, D, D_HEAD)
-    store_rows(dv_ptr + h * V, dv, m, M, H * V, 0, V, V_BLOCK)
+    store_tile(dk_ptr + h * D, dk * scale, m0, M, H * D, 0, D, BLOCK_M, D_HEAD)
+    store_tile(dv_ptr + h * V, dv, m0, M, H * V, 0, V, BLOCK_M, V_BLOCK)
     if D_REST > 0:
-        store_rows(dk_ptr + h * D, dk_rest * scale, m, M, H * D, D_HEAD, D, D_REST)
+        store_tile(dk_ptr + h * D, dk_rest * scale, m0, M, H * D, D_HEAD, D, BLOCK_M, D_REST)
 
 
 class _MaskedMha(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx, q_NHD: Tensor, k_MHD: Tensor, v_MHV: Tensor, bits_NW: Tensor | None, start_N: Tensor,
+        ctx, q_NHD: Tensor, k_MHD: Tensor, v_MHV: Tensor, bits_NW: Tensor | None, start_N: Tensor,
         end_N: Tensor, scale: float,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         (N, H, _), V = q_NHD.shape, v_MHV.shape[-1]
@@ -359,7 +379,7 @@ class _MaskedMha(torch.autograd.Function):
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         ctx.save_for_backward(q_NHD, k_MHD, v_MHV, bits_NW, start_N, end_N, out_NHV, lse_NH)
-        ctx.scale = scale  # type: ignore[attr-defined]
+        ctx.scale = scale
         ctx.mark_non_differentiable(lse_NH)
         return out_NHV, lse_NH
 
@@ -387,9 +407,9 @@ class _MaskedMha(torch.autograd.Function):
 def _launch(
     tile: Tile, q_NHD: Tensor, k_MHD: Tensor, v_MHV: Tensor, bits_NW: Tensor | None, scale: float
 ) -> tuple[Tile, tuple]:
-    """The tile for a type, and the sizes that close every kernel's arguments."""
+    """The tile that fits, and the sizes that close every kernel's arguments."""
     (N, H, D), (M, _, V) = q_NHD.shape, v_MHV.shape
-    if q_NHD.dtype == torch.float32:
+    if D + V > 320 or not large_tiles(q_NHD):
         tile = SMALL
     words = 0 if bits_NW is None else bits_NW.shape[1]
     widths = D, *split_width(D), V, max(16, triton.next_power_of_2(V))

@@ -10,6 +10,8 @@ from torch import Tensor
 
 PART = 1024
 """Entries of a segment that are added one after another; longer segments are cut, and their parts added in order."""
+SPAN = 2048
+"""Columns of the parts that exist at a time."""
 
 
 @triton.jit
@@ -49,30 +51,31 @@ def _segment_part(segment_ptr, offset_ptr, E, PART: tl.constexpr):
 
 @triton.jit
 def _segment_part_kernel(
-    x_ptr, index_ptr, g_ptr, segment_ptr, offset_ptr, part_ptr, E, D,
-    PART: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
+    x_ptr, index_ptr, g_ptr, segment_ptr, offset_ptr, part_ptr, first_d, E, D,
+    PART: tl.constexpr, SPAN: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     _, first, start, end, exists = _segment_part(segment_ptr, offset_ptr, E, PART)
     if exists:
         start, end = tl.maximum(start, first), tl.minimum(end, first + PART)
-        acc = _weighted_sum(x_ptr, index_ptr, g_ptr, start, end, d, D, BLOCK_E, BLOCK_D)
-        tl.store(part_ptr + tl.program_id(0).to(tl.int64) * D + d, acc, mask=d < D)
+        acc = _weighted_sum(x_ptr, index_ptr, g_ptr, start, end, first_d + column, D, BLOCK_E, BLOCK_D)
+        tl.store(part_ptr + tl.program_id(0).to(tl.int64) * SPAN + column, acc)
 
 
 @triton.jit
 def _join_parts_kernel(
-    part_ptr, segment_ptr, offset_ptr, out_ptr, E, D,
-    PART: tl.constexpr, BLOCK_D: tl.constexpr,
+    part_ptr, segment_ptr, offset_ptr, out_ptr, first_d, E, D,
+    PART: tl.constexpr, SPAN: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     r, first, start, end, exists = _segment_part(segment_ptr, offset_ptr, E, PART)
     if exists & (start >= first):
-        acc = tl.load(part_ptr + tl.program_id(0).to(tl.int64) * D + d, mask=d < D, other=0.0)
-        part = part_ptr + 2 * (first // PART) * D + d
+        acc = tl.load(part_ptr + tl.program_id(0).to(tl.int64) * SPAN + column)
+        part = part_ptr + 2 * (first // PART) * SPAN + column
         for _ in range(first // PART + 1, tl.cdiv(end, PART)):
-            part += 2 * D
-            acc += tl.load(part, mask=d < D, other=0.0)
+            part += 2 * SPAN
+            acc += tl.load(part)
+        d = first_d + column
         tl.store(out_ptr + r * D + d, acc.to(out_ptr.dtype.element_ty), mask=d < D)
 
 
@@ -90,14 +93,16 @@ def segment_sums(x_XD: Tensor, index_E: Tensor, g_E: Tensor, segment_E: Tensor, 
     R, D, E = len(offset_R) - 1, x_XD.shape[1], len(index_E)
     assert g_E.shape == segment_E.shape == (E,) and x_XD.is_contiguous()
     out_RD = x_XD.new_empty(R, D)
-    BLOCK_E, BLOCK_D = 2, min(1024, triton.next_power_of_2(D))
+    BLOCK_E, BLOCK_D = 1, min(1024, triton.next_power_of_2(D))
     _short_segment_kernel[R, triton.cdiv(D, BLOCK_D)](x_XD, index_E, g_E, offset_R, out_RD, D, PART, BLOCK_E, BLOCK_D)
     if E > PART:
-        BLOCK_E, BLOCK_D = 16, min(512, triton.next_power_of_2(D))
-        parts, blocks = 2 * triton.cdiv(E, PART), triton.cdiv(D, BLOCK_D)
-        part_PD = x_XD.new_empty(parts, D, dtype=torch.float32)
-        _segment_part_kernel[parts, blocks](
-            x_XD, index_E, g_E, segment_E, offset_R, part_PD, E, D, PART, BLOCK_E, BLOCK_D
-        )
-        _join_parts_kernel[parts, blocks](part_PD, segment_E, offset_R, out_RD, E, D, PART, BLOCK_D)
+        span = min(SPAN, triton.next_power_of_2(D))
+        BLOCK_E, BLOCK_D = 32, min(256, span)
+        grid = 2 * triton.cdiv(E, PART), span // BLOCK_D
+        part_PC = x_XD.new_empty(grid[0], span, dtype=torch.float32)
+        for first_d in range(0, D, span):
+            _segment_part_kernel[grid](
+                x_XD, index_E, g_E, segment_E, offset_R, part_PC, first_d, E, D, PART, span, BLOCK_E, BLOCK_D
+            )
+            _join_parts_kernel[grid](part_PC, segment_E, offset_R, out_RD, first_d, E, D, PART, span, BLOCK_D)
     return out_RD

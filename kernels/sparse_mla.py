@@ -8,6 +8,8 @@ widths are powers of two: V = 512 and R = 64 become columns [0, 256), [256, 512)
 reads row 0 and is masked in the scores.
 """
 
+from types import ModuleType
+
 import torch
 import triton
 import triton.language as tl
@@ -84,65 +86,6 @@ def _forward_kernel(
 
 
 @triton.jit
-def _few_heads_forward_kernel(
-    q_ptr, kv_ptr, ids_ptr, out_ptr, lse_ptr, N, H, K, kv_stride, scale,
-    V: tl.constexpr, R: tl.constexpr, WIDTH: tl.constexpr, WIDTH_R: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    n = tl.program_id(0).to(tl.int64)
-    h = tl.arange(0, BLOCK_H)
-    split = tl.program_id(1)
-    c0 = tl.arange(0, WIDTH)
-    c1 = WIDTH + tl.arange(0, WIDTH)
-    r = tl.arange(0, WIDTH_R)
-    j = tl.arange(0, BLOCK_K)
-    C: tl.constexpr = V + R
-
-    q_row = q_ptr + (n * H + h[:, None]) * C
-    q0 = tl.load(q_row + c0, mask=(h < H)[:, None] & (c0 < V), other=0.0)
-    q1 = tl.load(q_row + c1, mask=(h < H)[:, None] & (c1 < V), other=0.0)
-    qr = tl.load(q_row + V + r, mask=(h < H)[:, None] & (r < R), other=0.0)
-    o0 = tl.zeros((WIDTH, BLOCK_H), tl.float32)  # transposed: few heads are the narrow side of every product
-    o1 = tl.zeros((WIDTH, BLOCK_H), tl.float32)
-    top = tl.full((BLOCK_H,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK_H,), tl.float32)
-
-    tiles = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLITS)
-    begin, end = split * tiles * BLOCK_K, tl.minimum((split + 1) * tiles * BLOCK_K, K)
-    ids = tl.load(ids_ptr + n * K + begin + j, mask=begin + j < end, other=-1)
-    for first in range(begin, end, BLOCK_K):
-        k_row = kv_ptr + tl.maximum(ids, 0).to(tl.int64)[:, None] * kv_stride
-        k0 = tl.load(k_row + c0, mask=(c0 < V)[None, :], other=0.0)
-        k1 = tl.load(k_row + c1, mask=(c1 < V)[None, :], other=0.0)
-        kr = tl.load(k_row + V + r, mask=(r < R)[None, :], other=0.0)
-        hidden = ids < 0
-        after = first + BLOCK_K + j
-        ids = tl.load(ids_ptr + n * K + after, mask=after < end, other=-1)  # ahead of the rows it points to
-        score = tl.dot(kr, tl.trans(qr), input_precision=PRECISION)
-        score = tl.dot(k0, tl.trans(q0), score, input_precision=PRECISION)
-        score = tl.dot(k1, tl.trans(q1), score, input_precision=PRECISION)
-        score = tl.where(hidden[:, None], float("-inf"), score * scale)
-        new_top = tl.maximum(top, tl.max(score, 0))
-        shift = tl.where(new_top == float("-inf"), 0.0, new_top)
-        prob = tl.exp2(score - shift[None, :])
-        shrink = tl.exp2(top - shift)
-        total = total * shrink + tl.sum(prob, 0)
-        prob = prob.to(k0.dtype)
-        o0 = tl.dot(tl.trans(k0), prob, o0 * shrink[None, :], input_precision=PRECISION)
-        o1 = tl.dot(tl.trans(k1), prob, o1 * shrink[None, :], input_precision=PRECISION)
-        top = new_top
-
-    total = tl.where(total > 0.0, total, 1.0)  # no key: O = 0, lse = -inf
-    norm = (1.0 / total)[None, :]
-    row = (split * N + n) * H + h
-    tl.store(lse_ptr + row, (top + tl.log2(total)) / 1.4426950408889634, mask=h < H)
-    out_row = out_ptr + row[:, None] * V
-    dtype = out_ptr.dtype.element_ty
-    tl.store(out_row + c0, tl.trans(o0 * norm).to(dtype), mask=(h < H)[:, None] & (c0 < V))
-    tl.store(out_row + c1, tl.trans(o1 * norm).to(dtype), mask=(h < H)[:, None] & (c1 < V))
-
-
-@triton.jit
 def _combine_kernel(
     part_ptr, part_lse_ptr, out_ptr, lse_ptr, ROWS,
     V: tl.constexpr, BLOCK_V: tl.constexpr, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr,
@@ -177,12 +120,15 @@ def _forward(
     lse_NH = torch.empty(N, H, dtype=torch.float32, device=q_NHC.device)
     if programs == 0:
         return out_NHV, lse_NH
+    hopper = _hopper(q_NHC, kv_MC, value_dim)
+    if hopper is not None and splits == 1:
+        hopper.forward(q_NHC, kv_MC, ids_NK, scale, out_NHV, lse_NH)
+        return out_NHV, lse_NH
     part, part_lse = out_NHV, lse_NH
     if splits > 1:
         part = torch.empty(splits, N, H, value_dim, dtype=torch.float32, device=q_NHC.device)
         part_lse = torch.empty(splits, N, H, dtype=torch.float32, device=q_NHC.device)
-    kernel = _few_heads_forward_kernel if half and BLOCK_H <= 32 else _forward_kernel
-    kernel[(programs, splits)](
+    _forward_kernel[(programs, splits)](
         q_NHC, kv_MC, ids_NK, part, part_lse, N, H, K, kv_MC.stride(0), scale * LOG2E,
         value_dim, C - value_dim, _width(value_dim, 2), _width(C - value_dim, 1),
         BLOCK_H, BLOCK_K, splits, _precision(q_NHC), num_warps=8 if BLOCK_H == 64 else 4, num_stages=2,
@@ -193,6 +139,15 @@ def _forward(
             splits, triton.next_power_of_2(splits),
         )  # fmt: skip
     return out_NHV, lse_NH
+
+
+def _hopper(q_NHC: Tensor, kv_MC: Tensor, value_dim: int) -> ModuleType | None:
+    """The kernels for Hopper, where they can run."""
+    if not q_NHC.is_cuda:
+        return None
+    from trimtab.kernels import sparse_mla_hopper  # Gluon, which only newer Tritons have
+
+    return sparse_mla_hopper if sparse_mla_hopper.supported(q_NHC, kv_MC, value_dim) else None
 
 
 def _splits(programs: int, tiles: int, device: torch.device) -> int:
@@ -341,6 +296,10 @@ def _backward_chunk(
     half, stride, precision = q_NHC.element_size() == 2, kv_MC.stride(0), _precision(q_NHC)
     slots = slots_by_key(ids_NK, len(kv_MC))
     row_EC = torch.empty(N * K, C, dtype=q_NHC.dtype, device=q_NHC.device)
+    hopper = _hopper(q_NHC, kv_MC, V)
+    if hopper is not None:
+        hopper.gradients(q_NHC, kv_MC, ids_NK, grad_NHV, lse_NH, delta_NH, scale, dq_NHC, row_EC)
+        return sum_by_key(row_EC, slots_by_key(ids_NK, len(kv_MC)), dkv_MC)
     heads = min(HEADS_BACKWARD if half else 16, max(16, triton.next_power_of_2(H)))
     dscore_EH = torch.empty(N * K, heads, dtype=q_NHC.dtype, device=q_NHC.device)
     BLOCK_K, BLOCK_C, warps, stages = (128, 64, 8 if heads == 128 else 4, 3) if half else (32, 16, 4, 2)

@@ -202,27 +202,26 @@ def _forward_kernel(
 
 
 def supported(q_NHC: Tensor, kv_MC: Tensor, value_dim: int) -> bool:
-    """Whether forward can run: a Hopper GPU, 16-bit values, rows of 512 + 64, and heads that fill its blocks."""
+    """Whether these kernels can run: a Hopper GPU, aligned 16-bit rows of 512 + 64, heads that fill a block."""
     return (
         torch.cuda.get_device_capability(q_NHC.device)[0] == 9
-        and q_NHC.dtype in (torch.bfloat16, torch.float16)
+        and q_NHC.element_size() == 2
         and (q_NHC.shape[-1], value_dim) == (576, 512)
-        and q_NHC.shape[1] > 32
+        and kv_MC.stride(0) % 16 == kv_MC.data_ptr() % 16 == 0
+        and 32 < q_NHC.shape[1] <= 128
     )
 
 
-def forward(q_NHC: Tensor, kv_MC: Tensor, ids_NK: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """O [N, H, 512] and lse [N, H] of reference.sparse_mla."""
-    N, H, _ = q_NHC.shape
-    K = ids_NK.shape[1]
-    out_NHV = q_NHC.new_empty(N, H, 512)
-    lse_NH = torch.empty(N, H, dtype=torch.float32, device=q_NHC.device)
-    grid = (N * -(-H // 64),)
-    padded = max(512, 1 << (K - 1).bit_length())
-    _forward_kernel[grid](
-        q_NHC, kv_MC, kv_MC.stride(0), ids_NK, out_NHV, lse_NH, H, K, scale, padded, num_warps=4,
+def forward(q_NHC: Tensor, kv_MC: Tensor, ids_NK: Tensor, scale: float, out_NHV: Tensor, lse_NH: Tensor) -> None:
+    """Write O and lse of reference.sparse_mla."""
+    (N, H, _), K = q_NHC.shape, ids_NK.shape[1]
+    _forward_kernel[(N * -(-H // 64),)](
+        q_NHC, kv_MC, kv_MC.stride(0), ids_NK, out_NHV, lse_NH, H, K, scale, _padded(K), num_warps=4,
     )  # fmt: skip
-    return out_NHV, lse_NH
+
+
+def _padded(K: int) -> int:
+    return max(512, 1 << (K - 1).bit_length())
 
 
 @gluon.jit
@@ -258,18 +257,17 @@ def _produce_twice(
 
 
 @gluon.jit
-def _store_tile(smem, out_ptr, K, heads, first):
-    """[HEADS, KEYS] of shared memory into rows of K."""
+def _store_tile(smem, out_ptr, stride, heads, first):
+    """[HEADS, KEYS] of shared memory into the rows of the heads."""
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     head = gl.arange(0, HEADS, layout=gl.SliceLayout(1, layout))
     slot = first + gl.arange(0, KEYS, layout=gl.SliceLayout(0, layout))
-    mask = (head < heads)[:, None] & (slot < K)[None, :]
-    gl.store(out_ptr + head[:, None] * K + slot[None, :], smem.load(layout), mask=mask)
+    gl.store(out_ptr + head[:, None] * stride + slot[None, :], smem.load(layout), mask=(head < heads)[:, None])
 
 
 @gluon.jit
 def _gradient_left(
-    ids_ptr, lse_ptr, dq_ptr, prob_ptr, heads, tiles, K, scale,
+    ids_ptr, lse_ptr, dq_ptr, prob_ptr, stride, heads, tiles, K, scale,
     q_l, q_r, q_t, k_l, k_r, k_t, p_mem, ds_mem, still, full_l, full_r, empty_l, p_ready, ds_ready,
 ):  # fmt: skip
     score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
@@ -295,7 +293,7 @@ def _gradient_left(
         prob = gl.where((ids >= 0)[None, :], gl.exp2(score * scale - lse[:, None]), 0.0)
         p_mem.store(prob.to(p_mem.dtype))
         mbarrier.arrive(p_ready)
-        _store_tile(p_mem, prob_ptr, K, heads, i * KEYS)
+        _store_tile(p_mem, prob_ptr, stride, heads, i * KEYS)
         mbarrier.wait(ds_ready, i & 1)
         dq_l = warpgroup_mma(ds_mem, k_l, dq_l, is_async=True)
         dq_t = warpgroup_mma(ds_mem, k_t, dq_t, is_async=True)
@@ -307,7 +305,7 @@ def _gradient_left(
 
 @gluon.jit
 def _gradient_right(
-    delta_ptr, dq_ptr, dscore_ptr, heads, tiles, K, scale,
+    delta_ptr, dq_ptr, dscore_ptr, stride, heads, tiles, scale,
     g_l, g_r, k_l, k_r, p_mem, ds_mem, still, full_l, full_r, empty_r, p_ready, ds_ready,
 ):  # fmt: skip
     score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
@@ -329,7 +327,7 @@ def _gradient_right(
         ds_mem.store((prob * (dprob - delta[:, None]) * scale).to(ds_mem.dtype))
         fence_async_shared()
         mbarrier.arrive(ds_ready)
-        _store_tile(ds_mem, dscore_ptr, K, heads, i * KEYS)
+        _store_tile(ds_mem, dscore_ptr, stride, heads, i * KEYS)
         dq_r = warpgroup_mma(ds_mem, k_r, dq_r)
         mbarrier.arrive(empty_r)
     _store(g_r, dq_r.to(g_r.dtype), dq_ptr + HALF, 2 * HALF + ROPE, heads, HALF)
@@ -337,7 +335,7 @@ def _gradient_right(
 
 @gluon.jit
 def _gradient_kernel(
-    q_ptr, kv_ptr, kv_stride, ids_ptr, grad_ptr, lse_ptr, delta_ptr, dq_ptr, prob_ptr, dscore_ptr, H, K, scale,
+    q_ptr, kv_ptr, kv_stride, ids_ptr, grad_ptr, lse_ptr, delta_ptr, dq_ptr, prob_ptr, dscore_ptr, stride, H, K, scale,
     K_PADDED: gl.constexpr,
 ):  # fmt: skip
     blocks = gl.cdiv(H, HEADS)
@@ -381,11 +379,11 @@ def _gradient_kernel(
     gl.thread_barrier()
     dq_ptr += row * width
     left = (
-        ids_ptr, lse_ptr + row, dq_ptr, prob_ptr + row * K, heads, tiles, K, scale * LOG2E,
+        ids_ptr, lse_ptr + row, dq_ptr, prob_ptr + row * stride, stride, heads, tiles, K, scale * LOG2E,
         q_l, q_r, q_t, k_l, k_r, k_t, p_mem, ds_mem, still, full_l, full_r, empty_l, p_ready, ds_ready,
     )  # fmt: skip
     right = (
-        delta_ptr + row, dq_ptr, dscore_ptr + row * K, heads, tiles, K, scale,
+        delta_ptr + row, dq_ptr, dscore_ptr + row * stride, stride, heads, tiles, scale,
         g_l, g_r, k_l, k_r, p_mem, ds_mem, still, full_l, full_r, empty_r, p_ready, ds_ready,
     )  # fmt: skip
     gather = (
@@ -395,23 +393,133 @@ def _gradient_kernel(
     gl.warp_specialize([(_gradient_left, left), (_gradient_right, right), (_produce_twice, gather)], [4, 4], [192, 72])
 
 
-def gradient(
-    q_NHC: Tensor, kv_MC: Tensor, ids_NK: Tensor, grad_NHV: Tensor, lse_NH: Tensor, delta_NH: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dq [N, H, C], and the probabilities and the gradients of the scores [N, H, K] in q's dtype.
+@gluon.jit
+def _produce_rows(
+    q_ptr, grad_ptr, prob_ptr, dscore_ptr, stride, first_column, H, tiles,
+    q_l, q_r, q_t, g_l, g_r, p_mem, ds_mem, still, full, empty,
+):  # fmt: skip
+    BLOCK_H: gl.constexpr = q_l.shape[0]
+    WIDTH: gl.constexpr = q_l.shape[1]
+    DEPTH: gl.constexpr = full.shape[0]
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    head = gl.arange(0, BLOCK_H, layout=gl.SliceLayout(1, layout))
+    real = (head < H)[:, None]
+    q_row = q_ptr + head * (2 * HALF + ROPE)
+    g_row = grad_ptr + head * (2 * HALF)
+    _gather(q_l, q_row, first_column, real, layout, WIDTH)
+    _gather(q_r, q_row, first_column + WIDTH, real, layout, WIDTH)
+    _gather(q_t, q_row, 2 * HALF, real, layout, ROPE)
+    _gather(g_l, g_row, first_column, real, layout, WIDTH)
+    _gather(g_r, g_row, first_column + WIDTH, real, layout, WIDTH)
+    async_copy.mbarrier_arrive(still, increment_count=False)
+    for i in range(tiles):
+        stage = i % DEPTH
+        mbarrier.wait(empty.index(stage), ((i // DEPTH) & 1) ^ 1)
+        _gather(ds_mem.index(stage), dscore_ptr + head * stride, i * KEYS, real, layout, KEYS)
+        _gather(p_mem.index(stage), prob_ptr + head * stride, i * KEYS, real, layout, KEYS)
+        async_copy.mbarrier_arrive(full.index(stage), increment_count=False)
+
+
+@gluon.jit
+def _store_rows(out, row_ptr, column, slots, layout: gl.constexpr, WIDTH: gl.constexpr):
+    slot = gl.arange(0, KEYS, layout=gl.SliceLayout(1, layout))
+    at = column + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, layout))
+    pointer = row_ptr + (slot * (2 * HALF + ROPE))[:, None] + at[None, :]
+    gl.store(pointer, out.to(row_ptr.dtype.element_ty), mask=(slot < slots)[:, None])
+
+
+@gluon.jit
+def _sum_heads(
+    row_ptr, column, with_rope, tiles, K, q_mem, q_t, g_mem, p_mem, ds_mem, still, full, empty,
+):  # fmt: skip
+    WIDTH: gl.constexpr = q_mem.shape[1]
+    DEPTH: gl.constexpr = full.shape[0]
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
+    rope_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROPE, 16])
+    mbarrier.wait(still, 0)
+    for i in range(tiles):
+        stage = i % DEPTH
+        mbarrier.wait(full.index(stage), (i // DEPTH) & 1)
+        fence_async_shared()
+        dscore = ds_mem.index(stage).permute((1, 0))
+        out = gl.zeros([KEYS, WIDTH], gl.float32, layout=layout)
+        out = warpgroup_mma(dscore, q_mem, out, use_acc=False, is_async=True)
+        out = warpgroup_mma(p_mem.index(stage).permute((1, 0)), g_mem, out, is_async=True)
+        out = warpgroup_mma_wait(0, deps=[out])
+        if with_rope:
+            rope = gl.zeros([KEYS, ROPE], gl.float32, layout=rope_layout)
+            rope = warpgroup_mma(dscore, q_t, rope, use_acc=False)
+            _store_rows(rope, row_ptr, 2 * HALF, K - i * KEYS, rope_layout, ROPE)
+        mbarrier.arrive(empty.index(stage))
+        _store_rows(out, row_ptr, column, K - i * KEYS, layout, WIDTH)
+        row_ptr += KEYS * (2 * HALF + ROPE)
+
+
+@gluon.jit
+def _row_kernel(
+    q_ptr, ids_ptr, grad_ptr, prob_ptr, dscore_ptr, stride, row_ptr, H, K,
+    K_PADDED: gl.constexpr, BLOCK_H: gl.constexpr, WIDTH: gl.constexpr, DEPTH: gl.constexpr,
+):  # fmt: skip
+    parts: gl.constexpr = HALF // WIDTH
+    n = (gl.program_id(0) // parts).to(gl.int64)
+    part = gl.program_id(0) % parts
+    column = part * 2 * WIDTH
+    tiles = _tiles(ids_ptr + n * K, K, K_PADDED)
+    dtype: gl.constexpr = q_ptr.dtype.element_ty
+    wide: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_H, WIDTH], dtype)
+    narrow: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_H, ROPE], dtype)
+    q_l = gl.allocate_shared_memory(dtype, [BLOCK_H, WIDTH], wide)
+    q_r = gl.allocate_shared_memory(dtype, [BLOCK_H, WIDTH], wide)
+    q_t = gl.allocate_shared_memory(dtype, [BLOCK_H, ROPE], narrow)
+    g_l = gl.allocate_shared_memory(dtype, [BLOCK_H, WIDTH], wide)
+    g_r = gl.allocate_shared_memory(dtype, [BLOCK_H, WIDTH], wide)
+    p_mem = gl.allocate_shared_memory(dtype, [DEPTH, BLOCK_H, KEYS], narrow)
+    ds_mem = gl.allocate_shared_memory(dtype, [DEPTH, BLOCK_H, KEYS], narrow)
+    bars: gl.constexpr = mbarrier.MBarrierLayout()
+    still = gl.allocate_shared_memory(gl.int64, [1], bars)
+    full = gl.allocate_shared_memory(gl.int64, [DEPTH, 1], bars)
+    empty = gl.allocate_shared_memory(gl.int64, [DEPTH, 1], bars)
+    mbarrier.init(still, count=PRODUCER_THREADS)
+    for i in gl.static_range(DEPTH):
+        mbarrier.init(full.index(i), count=PRODUCER_THREADS)
+        mbarrier.init(empty.index(i), count=2)
+    fence_async_shared()
+    gl.thread_barrier()
+    row_ptr += n * K * (2 * HALF + ROPE)
+    left = (
+        row_ptr, column, part == 0, tiles, K, q_l, q_t, g_l, p_mem, ds_mem, still, full, empty,
+    )  # fmt: skip
+    right = (
+        row_ptr, column + WIDTH, part < 0, tiles, K, q_r, q_t, g_r, p_mem, ds_mem, still, full, empty,
+    )  # fmt: skip
+    load = (
+        q_ptr + n * H * (2 * HALF + ROPE), grad_ptr + n * H * (2 * HALF),
+        prob_ptr + n * H * stride, dscore_ptr + n * H * stride, stride, column, H, tiles,
+        q_l, q_r, q_t, g_l, g_r, p_mem, ds_mem, still, full, empty,
+    )  # fmt: skip
+    gl.warp_specialize([(_sum_heads, left), (_sum_heads, right), (_produce_rows, load)], [4, 4], [192, 72])
+
+
+def gradients(
+    q_NHC: Tensor, kv_MC: Tensor, ids_NK: Tensor, grad_NHV: Tensor, lse_NH: Tensor, delta_NH: Tensor, scale: float,
+    dq_NHC: Tensor, row_EC: Tensor,
+) -> None:  # fmt: skip
+    """Write dq [N, H, C], and for every slot of ids the gradient of its row [N * K, C], summed over heads.
 
     Args:
         delta_NH: sum of O times its gradient.
 
-    K tiles behind a row's last id are not written: they hold no key.
+    Rows of slots behind the tile of a query's last id are not written: they belong to no key.
     """
-    N, H, _ = q_NHC.shape
-    K = ids_NK.shape[1]
-    dq_NHC = torch.empty_like(q_NHC)
-    prob_NHK, dscore_NHK = q_NHC.new_empty(N, H, K), q_NHC.new_empty(N, H, K)
-    grid = (N * -(-H // 64),)
-    _gradient_kernel[grid](
-        q_NHC, kv_MC, kv_MC.stride(0), ids_NK, grad_NHV, lse_NH, delta_NH, dq_NHC, prob_NHK, dscore_NHK, H, K, scale,
-        max(512, 1 << (K - 1).bit_length()), num_warps=4,
+    (N, H, _), K = q_NHC.shape, ids_NK.shape[1]
+    stride = -(-K // 64) * 64
+    prob, dscore = q_NHC.new_empty(N, H, stride), q_NHC.new_empty(N, H, stride)
+    _gradient_kernel[(N * -(-H // 64),)](
+        q_NHC, kv_MC, kv_MC.stride(0), ids_NK, grad_NHV, lse_NH, delta_NH, dq_NHC, prob, dscore, stride, H, K, scale,
+        _padded(K), num_warps=4,
     )  # fmt: skip
-    return dq_NHC, prob_NHK, dscore_NHK
+    wide = H > 64
+    _row_kernel[(N * (2 if wide else 1),)](
+        q_NHC, ids_NK, grad_NHV, prob, dscore, stride, row_EC, H, K,
+        _padded(K), 128 if wide else 64, 128 if wide else 256, 2 if wide else 4, num_warps=4,
+    )  # fmt: skip

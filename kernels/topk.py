@@ -65,11 +65,15 @@ def _mark_kernel(
     if start_ptr is not None:
         first, last = tl.maximum(first, tl.load(start_ptr + n)), tl.minimum(last, tl.load(end_ptr + n))
     word, bit = tl.arange(0, BLOCK // 32), tl.arange(0, 32)
+    at = (n * tl.num_programs(1) + segment) * (BLOCK // 32) + word
+    if last <= first:  # most segments of a packed batch
+        tl.store(above_ptr + at, 0)
+        tl.store(tied_ptr + at, 0)
+        return
     m = segment * BLOCK + 32 * word[:, None] + bit
     score = tl.load(score_ptr + n * stride + m, mask=(m >= first) & (m < last), other=float("-inf"))
     bound = _threshold(score, topk)
     one = tl.full((32,), 1, tl.uint32) << bit.to(tl.uint32)
-    at = (n * tl.num_programs(1) + segment) * (BLOCK // 32) + word
     tl.store(above_ptr + at, tl.sum(tl.where(score > bound, one, 0), 1))
     tl.store(tied_ptr + at, tl.sum(tl.where(score == bound, one, 0), 1))
 

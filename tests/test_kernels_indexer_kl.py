@@ -17,8 +17,8 @@ def causal_ranges(*lengths: int) -> tuple[Tensor, Tensor]:
 
 def uneven_ranges() -> tuple[Tensor, Tensor]:
     """Neither causal nor in order; two are empty."""
-    start_N = torch.tensor([70, 0, 35, 5, 90, 64, 3], dtype=torch.int32, device=DEVICE)
-    return start_N, torch.tensor([99, 0, 64, 6, 90, 97, 98], dtype=torch.int32, device=DEVICE)
+    start_N = torch.tensor([70, 9, 35, 5, 90, 64, 3], dtype=torch.int32, device=DEVICE)
+    return start_N, torch.tensor([99, 4, 64, 6, 90, 97, 98], dtype=torch.int32, device=DEVICE)
 
 
 def visible(start_N: Tensor, end_N: Tensor, M: int) -> Tensor:
@@ -67,7 +67,7 @@ def compare_kl(start_N: Tensor, end_N: Tensor, index_heads: int, index_dim: int,
     N, M = len(start_N), int(end_N.max())
     index_q, index_k = random(N, index_heads, index_dim, dtype=dtype), random(M, index_dim, dtype=dtype)
     index_w = random(N, index_heads, dtype=torch.float32) * index_heads**-0.5 * index_dim**-0.5
-    q, k, dkl_N = random(N, H, D, dtype=dtype), random(M, H, D, dtype=dtype), torch.randn(N, device=DEVICE)
+    q, k = random(N, H, D, dtype=dtype), random(M, H, D, dtype=dtype)
     seen_NM = visible(start_N, end_N, M)
     score_NHM = torch.einsum("nhd,mhd->nhm", q.double(), k.double()) * D**-0.5
     lse_NH = score_NHM.masked_fill(~seen_NM[:, None], float("-inf")).logsumexp(-1).float()
@@ -75,7 +75,7 @@ def compare_kl(start_N: Tensor, end_N: Tensor, index_heads: int, index_dim: int,
     inputs = [x.requires_grad_() for x in (index_q, index_k, index_w)]
     with poisoned():
         kl = dense_indexer_kl(*inputs, q, k, lse_NH, start_N, end_N, D**-0.5)
-        grads = torch.autograd.grad(kl, inputs, dkl_N)
+        grads = torch.autograd.grad(kl.sum() / 7, inputs)
 
     inputs64 = [x.detach().double().requires_grad_() for x in inputs]
     # reference.index_scores and indexer_kl compute in fp32: the same in float64
@@ -84,7 +84,7 @@ def compare_kl(start_N: Tensor, end_N: Tensor, index_heads: int, index_dim: int,
     prob_NM = reference.masked_prob(q.double(), k.double(), seen_NM, D**-0.5).double().sum(0) * seen_NM
     target_NM = prob_NM / prob_NM.sum(-1, keepdim=True).clamp(min=1e-300)
     expected = (torch.special.xlogy(target_NM, target_NM) - target_NM * score_NM.log_softmax(-1)).sum(-1)
-    expected_grads = torch.autograd.grad(expected, inputs64, dkl_N.double())
+    expected_grads = torch.autograd.grad(expected.sum() / 7, inputs64)
     assert relative_error(reference.indexer_kl(score_NM, prob_NM, seen_NM), expected) < 1e-5
     assert relative_error(kl, expected) < FORWARD[dtype]
     for grad, expected_grad in zip(grads, expected_grads, strict=True):
@@ -112,12 +112,31 @@ def test_ranges_need_not_be_causal_or_ordered_and_a_query_without_keys_gives_zer
     assert torch.equal(kl, torch.zeros_like(kl)) and torch.equal(grad, torch.zeros_like(grad))
 
 
+def test_only_queries_with_keys_must_weigh_the_same():
+    index_q, index_k = torch.randn(3, 2, 16, device=DEVICE), torch.randn(3, 16, device=DEVICE, requires_grad=True)
+    q, lse = torch.randn(3, 1, 16, device=DEVICE), torch.zeros(3, 1, device=DEVICE)
+    start_N, end_N = causal_ranges(3)
+    start_N[1] = end_N[1]
+    kl = dense_indexer_kl(index_q, index_k, index_q[:, :, 0], q, q, lse, start_N, end_N, 1.0)
+    weights = (torch.tensor(x, device=DEVICE) for x in ([2.0, 0.0, 2.0], [1.0, 1.0, 1.0], [2.0, 2.0, 1.0]))
+    twice, once, uneven = ((kl * w).sum() for w in weights)
+    (grad,) = torch.autograd.grad(twice, index_k, retain_graph=True)
+    (half,) = torch.autograd.grad(once, index_k, retain_graph=True)
+    assert torch.equal(grad, 2 * half) and grad.abs().max() > 0
+    with pytest.raises(ValueError, match="empty range"):
+        torch.autograd.grad(uneven, index_k)
+
+
 @needs_gpu
-@pytest.mark.parametrize("H", [16, 40, 64, 128])
-def test_sparse_probabilities_match_at_full_width(H):
+@pytest.mark.parametrize("hopper", [True, False])
+@pytest.mark.parametrize("H", [1, 16, 40, 64, 128])
+def test_sparse_probabilities_match_at_full_width(H, hopper, monkeypatch):
     torch.manual_seed(3)
+    if not hopper:
+        monkeypatch.setattr(indexer_kl_hopper, "supported", lambda q, widths: False)
     q, kv = random(20, H, 576, dtype=torch.bfloat16), random(5000, 576, dtype=torch.bfloat16)
     ids_NK = torch.randint(-1, 5000, (20, 1000), device=DEVICE)
+    ids_NK[3, 100:], ids_NK[4] = -1, -1
     _, lse64 = reference.sparse_mla(q.double(), kv.double(), ids_NK, 512, 0.04)
     expected = reference.sparse_prob(q.double(), kv.double(), ids_NK, lse64, 0.04)
     assert relative_error(sparse_prob(q, kv, ids_NK, lse64.float(), 0.04), expected) < 5e-3
@@ -129,7 +148,7 @@ def test_the_dense_loss_matches_at_full_width(hopper, monkeypatch):
     torch.manual_seed(4)
     monkeypatch.setattr(indexer_kl, "SCORES_AT_ONCE", 1 << 18)
     if not hopper:
-        monkeypatch.setattr(indexer_kl_hopper, "supported", lambda q_NHD: False)
+        monkeypatch.setattr(indexer_kl_hopper, "supported", lambda q, widths: False)
     compare_kl(*causal_ranges(600, 200, 77), 64, 128, 16, 192, torch.bfloat16)
     compare_kl(*uneven_ranges(), 64, 128, 3, 64, torch.bfloat16)
 
@@ -142,12 +161,12 @@ def test_a_repeated_run_gives_the_same_bits(monkeypatch):
     index = [random(2048, 64, 128, dtype=torch.bfloat16), random(2048, 128, dtype=torch.bfloat16)]
     index = [x.requires_grad_() for x in (*index, random(2048, 64, dtype=torch.float32) * 0.01)]
     q, k = random(2048, 16, 192, dtype=torch.bfloat16), random(2048, 16, 192, dtype=torch.bfloat16)
-    lse_NH, dkl_N = torch.full((2048, 16), 9.0, device=DEVICE), torch.rand(2048, device=DEVICE)
+    lse_NH = torch.full((2048, 16), 9.0, device=DEVICE)
     ids_NK = torch.randint(-1, 2048, (2048, 512), device=DEVICE)
 
     def run() -> list[Tensor]:
         kl = dense_indexer_kl(*index, q, k, lse_NH, start_N, end_N, 0.07)
-        return [sparse_prob(q, k[:, 0], ids_NK, lse_NH, 0.07), kl, *torch.autograd.grad(kl, index, dkl_N)]
+        return [sparse_prob(q, k[:, 0], ids_NK, lse_NH, 0.07), kl, *torch.autograd.grad(kl.sum(), index)]
 
     first = run()
     assert all(torch.equal(a, b) for _ in range(24) for a, b in zip(first, run(), strict=True))

@@ -76,20 +76,24 @@ def test_attention_and_its_gradients_match_float64_on_packed_sequences(lengths, 
 @pytest.mark.parametrize("K", [None, 5])
 def test_ranges_need_not_be_causal_or_ordered_and_may_be_empty(K):
     torch.manual_seed(1)
-    start_N = torch.tensor([70, 0, 35, 5, 90, 64, 3], dtype=torch.int32, device=DEVICE)
-    end_N = torch.tensor([99, 0, 64, 6, 90, 97, 98], dtype=torch.int32, device=DEVICE)
+    start_N = torch.tensor([70, 9, 35, 5, 90, 64, 3], dtype=torch.int32, device=DEVICE)
+    end_N = torch.tensor([99, 4, 64, 6, 90, 97, 98], dtype=torch.int32, device=DEVICE)
     ids_NK = None if K is None else random_ids(start_N, end_N, K)
     compare(7, 99, 2, 16, 16, ids_NK, start_N, end_N, torch.float32)
     compare(1, 99, 2, 16, 16, ids_NK[:1] if K else None, start_N[:1], end_N[:1], torch.float32)
 
 
 def test_queries_without_keys_give_zero_and_minus_infinity():
-    q = torch.randn(5, 3, 16, device=DEVICE, requires_grad=True)
+    q, k = torch.randn(5, 3, 16, device=DEVICE, requires_grad=True), torch.randn(300, 3, 16, device=DEVICE)
     start_N = torch.zeros(5, dtype=torch.int32, device=DEVICE)
     ids_NK = torch.full((5, 4), -1, dtype=torch.int32, device=DEVICE)
-    for ids, end_N in ((ids_NK, start_N + 5), (None, start_N)):
+    for ids, first_N, end_N in (
+        (ids_NK, start_N, start_N + 5),
+        (None, start_N, start_N),
+        (None, start_N + 200, start_N + 200),
+    ):
         with poisoned():
-            out, lse = masked_mha(q, q, q, ids, start_N, end_N, 1.0)
+            out, lse = masked_mha(q, k, k, ids, first_N, end_N, 1.0)
             (grad,) = torch.autograd.grad(out.sum(), q)
         assert torch.equal(out, torch.zeros_like(out)) and torch.equal(grad, torch.zeros_like(grad))
         assert torch.equal(lse, torch.full_like(lse, float("-inf"))) and not lse.requires_grad

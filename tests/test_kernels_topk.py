@@ -49,10 +49,10 @@ def _extreme(n: int, m: int) -> Tensor:
 
 
 @pytest.mark.parametrize("rows", [_normal, _integers, _zeros_of_both_signs, _relu, _negative, _few_visible, _extreme])
-@pytest.mark.parametrize("m, k, segment", [(1, 1, 64), (63, 64, 64), (130, 33, 256), (1000, 100, 1024), (300, 17, 64)])
+@pytest.mark.parametrize("m, k, segment", [(1, 1, 64), (63, 64, 64), (130, 33, 256), (1000, 100, 1024), (200, 17, 64)])
 def test_the_ids_are_those_of_a_stable_sort(rows, m, k, segment):
     torch.manual_seed(0)
-    score_NM = rows(3, m)
+    score_NM = rows(2, m)
     with poisoned():
         ids_NK = topk.topk_ids(score_NM.to(DEVICE), k, segment=segment)
     assert ids_NK.dtype == torch.int32

@@ -10,7 +10,7 @@ import torch
 from tiny import save_tiny_deepseek
 
 from trimtab.rollout.engine import EngineConfig
-from trimtab.rollout.pool import Pool
+from trimtab.rollout.pool import Pool, gpu_share
 from trimtab.rollout.types import Request, Sampling
 
 
@@ -92,3 +92,11 @@ def test_engines_that_cannot_start_end_in_one_clear_error(checkpoint):
 def test_a_pool_without_actors_is_refused(checkpoint):
     with pytest.raises(ValueError, match="num_actors must be at least 1"):
         Pool(EngineConfig(model=str(checkpoint), max_model_len=64), 0)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "engines", "share"), [(0, 3, 0.0), (1, 3, 0.25), (1, 2, 0.33), (2, 3, 0.5), (8, 3, 1.0)]
+)
+def test_engines_and_trainer_share_the_gpus_there_are(monkeypatch, gpus, engines, share):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    assert gpu_share(engines) == share
