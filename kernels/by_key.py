@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-COUNTERS_AT_ONCE = 1 << 24
-"""Counters of slots_by_key: 64 MiB, about what a GPU keeps in its last-level cache."""
+COUNTERS_AT_ONCE = 1 << 22
+"""Counters of slots_by_key: 16 MiB, which a GPU keeps in its last-level cache."""
 
 
 class KeySlots(NamedTuple):

@@ -234,6 +234,7 @@ def supported(q: Tensor, widths: tuple[int, ...]) -> bool:
     """Whether a kernel can run: a Hopper GPU, 16-bit values, and one of its widths."""
     return (
         q.is_cuda
+        and torch.version.hip is None  # AMD's gfx9 says 9 too
         and torch.cuda.get_device_capability(q.device)[0] == 9
         and q.dtype in (torch.bfloat16, torch.float16)
         and q.shape[-1] in widths

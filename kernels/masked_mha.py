@@ -238,7 +238,7 @@ def load_lse(lse_ptr, place, inside):
 
 @triton.jit
 def _query_gradient_kernel(
-    q_ptr, k_ptr, v_ptr, start_ptr, end_ptr, bits_ptr, out_ptr, lse_ptr, dout_ptr, delta_ptr, dq_ptr,
+    q_ptr, k_ptr, v_ptr, start_ptr, end_ptr, bits_ptr, out_ptr, lse_ptr, dout_ptr, row_ptr, dq_ptr,
     N, M, H, W, scale_log2,
     D: tl.constexpr, D_HEAD: tl.constexpr, D_REST: tl.constexpr, V: tl.constexpr, V_BLOCK: tl.constexpr,
     SELECTED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
@@ -252,8 +252,9 @@ def _query_gradient_kernel(
     dout = load_tile(dout_ptr + h * V, n0, N, H * V, 0, V, BLOCK_N, V_BLOCK)
     out = load_tile(out_ptr + h * V, n0, N, H * V, 0, V, BLOCK_N, V_BLOCK)
     delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
-    tl.store(delta_ptr + n.to(tl.int64) * H + h, delta, mask=n < N)
     lse = load_lse(lse_ptr + h, n.to(tl.int64) * H, n < N)
+    tl.store(row_ptr + h * N + n, lse, mask=n < N)
+    tl.store(row_ptr + (H + h) * N + n, delta, mask=n < N)
     q = load_tile(q_ptr + h * D, n0, N, H * D, 0, D, BLOCK_N, D_HEAD)
     dq = tl.zeros([BLOCK_N, D_HEAD], tl.float32)
     if D_REST > 0:
@@ -314,7 +315,7 @@ def seen_by(start_N: Tensor, end_N: Tensor, M: int, block: int) -> Tensor:
 
 @triton.jit
 def _key_gradient_kernel(
-    q_ptr, k_ptr, v_ptr, start_ptr, end_ptr, bits_ptr, lse_ptr, dout_ptr, delta_ptr, span_ptr, dk_ptr, dv_ptr,
+    q_ptr, k_ptr, v_ptr, start_ptr, end_ptr, bits_ptr, dout_ptr, row_ptr, span_ptr, dk_ptr, dv_ptr,
     N, M, H, W, scale_log2,
     D: tl.constexpr, D_HEAD: tl.constexpr, D_REST: tl.constexpr, V: tl.constexpr, V_BLOCK: tl.constexpr,
     SELECTED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
@@ -346,12 +347,12 @@ def _key_gradient_kernel(
         else:
             end = tl.load(end_ptr + n, mask=n < N, other=0)
             seen = visible(start[None, :], end[None, :], m[:, None])
-        lse = load_lse(lse_ptr + h, n.to(tl.int64) * H, n < N)
+        lse = tl.load(row_ptr + h * N + n, mask=n < N, other=float("inf"))
         prob = tl.exp2(tl.where(seen, score, float("-inf")) * scale_log2 - lse[None, :])
         dout = load_tile(dout_ptr + h * V, n0, N, H * V, 0, V, BLOCK_N, V_BLOCK)
         dv = tl.dot(prob.to(dout.dtype), dout, dv, input_precision=PRECISION)
         dprob = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
-        delta = tl.load(delta_ptr + n.to(tl.int64) * H + h, mask=n < N, other=0.0)
+        delta = tl.load(row_ptr + (H + h) * N + n, mask=n < N, other=0.0)
         dscore = (prob * (dprob - delta[None, :])).to(q.dtype)
         dk = tl.dot(dscore, q, dk, input_precision=PRECISION)
         if D_REST > 0:
@@ -389,16 +390,16 @@ class _MaskedMha(torch.autograd.Function):
         q_NHD, k_MHD, v_MHV, bits_NW, start_N, end_N, out_NHV, lse_NH = ctx.saved_tensors
         (N, H, _), M, dout_NHV = q_NHD.shape, len(k_MHD), dout_NHV.contiguous()
         dq_NHD, dk_MHD, dv_MHV = torch.empty_like(q_NHD), torch.empty_like(k_MHD), torch.empty_like(v_MHV)
-        delta_NH = torch.empty_like(lse_NH)
+        rows_2HN = torch.empty(2, H, N, dtype=torch.float32, device=lse_NH.device)  # lse in log2, and sum O dO
         tile, sizes = _launch(QUERY_GRADIENT, q_NHD, k_MHD, v_MHV, bits_NW, ctx.scale)
         _query_gradient_kernel[(triton.cdiv(N, tile.queries), H)](
-            q_NHD, k_MHD, v_MHV, start_N, end_N, bits_NW, out_NHV, lse_NH, dout_NHV, delta_NH, dq_NHD, *sizes,
+            q_NHD, k_MHD, v_MHV, start_N, end_N, bits_NW, out_NHV, lse_NH, dout_NHV, rows_2HN, dq_NHD, *sizes,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         tile, sizes = _launch(KEY_GRADIENT, q_NHD, k_MHD, v_MHV, bits_NW, ctx.scale)
         span = seen_by(start_N, end_N, M, tile.keys)
         _key_gradient_kernel[(triton.cdiv(M, tile.keys), H)](
-            q_NHD, k_MHD, v_MHV, start_N, end_N, bits_NW, lse_NH, dout_NHV, delta_NH, span, dk_MHD, dv_MHV, *sizes,
+            q_NHD, k_MHD, v_MHV, start_N, end_N, bits_NW, dout_NHV, rows_2HN, span, dk_MHD, dv_MHV, *sizes,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         return dq_NHD, dk_MHD, dv_MHV, None, None, None, None

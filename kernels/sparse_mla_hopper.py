@@ -18,8 +18,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+gather = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared  # the older name
+barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # the older name
 HEADS = gl.constexpr(64)
 KEYS = gl.constexpr(64)
+FEW = gl.constexpr(32)  # keys of a tile in the backward pass
 HALF = gl.constexpr(256)
 ROPE = gl.constexpr(64)
 STAGES = gl.constexpr(2)
@@ -39,7 +42,7 @@ def _tiles(ids_ptr, K, K_PADDED: gl.constexpr):
 def _gather(smem, row_ptr, first_column, mask, layout: gl.constexpr, WIDTH: gl.constexpr):
     column = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, layout))
     pointer = row_ptr[:, None] + (first_column + column)[None, :]
-    async_copy.async_copy_global_to_shared(smem, pointer, mask=mask)
+    gather(smem, pointer, mask=mask)
 
 
 @gluon.jit
@@ -74,7 +77,7 @@ def _store(smem, out, out_ptr, out_stride, heads, WIDTH: gl.constexpr):
     """Through shared memory, so that the stores to memory are wide."""
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     smem.store(out)
-    gl.thread_barrier()
+    barrier()
     head = gl.arange(0, HEADS, layout=gl.SliceLayout(1, layout))
     column = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, layout))
     pointer = out_ptr + head[:, None] * out_stride + column[None, :]
@@ -188,23 +191,24 @@ def _forward_kernel(
         mbarrier.init(empty.index(i), count=2)
         mbarrier.init(ready.index(i), count=1)
     fence_async_shared()
-    gl.thread_barrier()
+    barrier()
     left = (
         ids_ptr, out_ptr, 2 * HALF, lse_ptr, heads, tiles, K, scale * LOG2E,
         q_l, q_r, q_t, k_l, k_r, k_t, factor, q_full, full, empty, ready, done,
     )  # fmt: skip
     right = (out_ptr, 2 * HALF, heads, tiles, q_r, k_r, k_t, factor, full, empty, ready, done)
-    gather = (
+    sources = (
         q_ptr, width, kv_ptr, kv_stride, ids_ptr, heads, tiles, K,
         q_l, q_r, q_t, k_l, k_r, k_t, q_full, full, empty,
     )  # fmt: skip
-    gl.warp_specialize([(_attend_left, left), (_attend_right, right), (_produce, gather)], [4, 4], [176, 88])
+    gl.warp_specialize([(_attend_left, left), (_attend_right, right), (_produce, sources)], [4, 4], [176, 88])
 
 
 def supported(q_NHC: Tensor, kv_MC: Tensor, value_dim: int) -> bool:
     """Whether these kernels can run: a Hopper GPU, aligned 16-bit rows of 512 + 64, heads that fill a block."""
     return (
-        torch.cuda.get_device_capability(q_NHC.device)[0] == 9
+        torch.version.hip is None
+        and torch.cuda.get_device_capability(q_NHC.device)[0] == 9
         and q_NHC.element_size() == 2
         and (q_NHC.shape[-1], value_dim) == (576, 512)
         and kv_MC.stride(0) % 16 == kv_MC.data_ptr() % 16 == 0
@@ -227,7 +231,7 @@ def _padded(K: int) -> int:
 @gluon.jit
 def _produce_twice(
     q_ptr, grad_ptr, kv_ptr, kv_stride, ids_ptr, heads, tiles, K,
-    q_l, q_r, q_t, g_l, g_r, k_l, k_r, k_t, still, full_l, full_r, empty_l, empty_r,
+    q_l, q_r, q_t, g_l, g_r, k_l, k_r, k_t, still, full_l, full_r, full_t, empty_l, empty_r, empty_t,
 ):  # fmt: skip
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     rows: gl.constexpr = gl.SliceLayout(1, layout)
@@ -241,95 +245,131 @@ def _produce_twice(
     _gather(g_l, g_row, 0, real, layout, HALF)
     _gather(g_r, g_row, HALF, real, layout, HALF)
     async_copy.mbarrier_arrive(still, increment_count=False)
-    slot = gl.arange(0, KEYS, layout=rows)
+    slot = gl.arange(0, FEW, layout=rows)
     ids = gl.load(ids_ptr + slot, mask=slot < K, other=0)
     for i in range(tiles):
+        stage = i % STAGES
+        free = ((i // STAGES) & 1) ^ 1
         row_ptr = kv_ptr + gl.maximum(ids, 0).to(gl.int64) * kv_stride
-        slot += KEYS
+        slot += FEW
         ids = gl.load(ids_ptr + slot, mask=slot < K, other=0)
-        mbarrier.wait(empty_l, (i & 1) ^ 1)
-        _gather(k_l, row_ptr, 0, None, layout, HALF)
-        _gather(k_t, row_ptr, 2 * HALF, None, layout, ROPE)
-        async_copy.mbarrier_arrive(full_l, increment_count=False)
-        mbarrier.wait(empty_r, (i & 1) ^ 1)
-        _gather(k_r, row_ptr, HALF, None, layout, HALF)
-        async_copy.mbarrier_arrive(full_r, increment_count=False)
+        mbarrier.wait(empty_l.index(stage), free)
+        _gather(k_l.index(stage), row_ptr, 0, None, layout, HALF)
+        async_copy.mbarrier_arrive(full_l.index(stage), increment_count=False)
+        mbarrier.wait(empty_r.index(stage), free)
+        _gather(k_r.index(stage), row_ptr, HALF, None, layout, HALF)
+        async_copy.mbarrier_arrive(full_r.index(stage), increment_count=False)
+        mbarrier.wait(empty_t.index(stage), free)
+        _gather(k_t.index(stage), row_ptr, 2 * HALF, None, layout, ROPE)
+        async_copy.mbarrier_arrive(full_t.index(stage), increment_count=False)
 
 
 @gluon.jit
 def _store_tile(smem, out_ptr, stride, heads, first):
-    """[HEADS, KEYS] of shared memory into the rows of the heads."""
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    """[HEADS, FEW] of shared memory into the rows of the heads."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [4, 1], [1, 0])
     head = gl.arange(0, HEADS, layout=gl.SliceLayout(1, layout))
-    slot = first + gl.arange(0, KEYS, layout=gl.SliceLayout(0, layout))
+    slot = first + gl.arange(0, FEW, layout=gl.SliceLayout(0, layout))
     gl.store(out_ptr + head[:, None] * stride + slot[None, :], smem.load(layout), mask=(head < heads)[:, None])
 
 
 @gluon.jit
+def _write_prob(i, ids_ptr, K, lse, scale, q_l, q_r, q_t, k_l, k_r, k_t, p_mem, full_l, full_r, full_t, p_ready):
+    """The probabilities of tile i."""
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, FEW, 16])
+    stage = i % STAGES
+    phase = (i // STAGES) & 1
+    slot = i * FEW + gl.arange(0, FEW, layout=gl.SliceLayout(0, layout))
+    ids = gl.load(ids_ptr + slot, mask=slot < K, other=-1)
+    score = gl.zeros([HEADS, FEW], gl.float32, layout=layout)
+    mbarrier.wait(full_l.index(stage), phase)
+    fence_async_shared()
+    score = warpgroup_mma(q_l, k_l.index(stage).permute((1, 0)), score, use_acc=False)
+    mbarrier.wait(full_r.index(stage), phase)
+    mbarrier.wait(full_t.index(stage), phase)
+    fence_async_shared()
+    score = warpgroup_mma(q_r, k_r.index(stage).permute((1, 0)), score, is_async=True)
+    score = warpgroup_mma(q_t, k_t.index(stage).permute((1, 0)), score, is_async=True)
+    score = warpgroup_mma_wait(0, deps=[score])
+    prob = gl.where((ids >= 0)[None, :], gl.exp2(score * scale - lse[:, None]), 0.0)
+    p_mem.index(stage).store(prob.to(p_mem.dtype))
+    mbarrier.arrive(p_ready.index(stage))
+
+
+@gluon.jit
 def _gradient_left(
-    ids_ptr, lse_ptr, dq_ptr, prob_ptr, stride, heads, tiles, K, scale,
-    q_l, q_r, q_t, k_l, k_r, k_t, p_mem, ds_mem, still, full_l, full_r, empty_l, p_ready, ds_ready,
+    ids_ptr, lse_ptr, dq_ptr, prob_ptr, stride, heads, tiles, K, scale, q_l, q_r, q_t, k_l, k_r, k_t, p_mem, ds_mem,
+    still, full_l, full_r, full_t, empty_l, empty_t, p_ready, ds_ready,
 ):  # fmt: skip
-    score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, FEW, 16])
     out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16])
-    slot = gl.arange(0, KEYS, layout=gl.SliceLayout(0, score_layout))
+    rope_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     head = gl.arange(0, HEADS, layout=gl.SliceLayout(1, score_layout))
     lse = gl.load(lse_ptr + head, mask=head < heads, other=float("inf"))
     lse = gl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
     dq_l = gl.zeros([HEADS, HALF], gl.float32, layout=out_layout)
-    dq_t = gl.zeros([HEADS, ROPE], gl.float32, layout=score_layout)
+    dq_t = gl.zeros([HEADS, ROPE], gl.float32, layout=rope_layout)
     mbarrier.wait(still, 0)
-    for i in range(tiles):
-        ids = gl.load(ids_ptr + i * KEYS + slot, mask=i * KEYS + slot < K, other=-1)
-        none = gl.zeros([HEADS, KEYS], gl.float32, layout=score_layout)
-        mbarrier.wait(full_l, i & 1)
-        fence_async_shared()
-        score = warpgroup_mma(q_l, k_l.permute((1, 0)), none, use_acc=False, is_async=True)
-        score = warpgroup_mma(q_t, k_t.permute((1, 0)), score, is_async=True)
-        score = warpgroup_mma_wait(0, deps=[score])
-        mbarrier.wait(full_r, i & 1)
-        fence_async_shared()
-        score = warpgroup_mma(q_r, k_r.permute((1, 0)), score)
-        prob = gl.where((ids >= 0)[None, :], gl.exp2(score * scale - lse[:, None]), 0.0)
-        p_mem.store(prob.to(p_mem.dtype))
-        mbarrier.arrive(p_ready)
-        _store_tile(p_mem, prob_ptr, stride, heads, i * KEYS)
-        mbarrier.wait(ds_ready, i & 1)
-        dq_l = warpgroup_mma(ds_mem, k_l, dq_l, is_async=True)
-        dq_t = warpgroup_mma(ds_mem, k_t, dq_t, is_async=True)
-        dq_l, dq_t = warpgroup_mma_wait(0, deps=[dq_l, dq_t])
-        mbarrier.arrive(empty_l)
+    for i in range(tiles + 1):
+        if i < tiles:
+            _write_prob(i, ids_ptr, K, lse, scale, q_l, q_r, q_t, k_l, k_r, k_t, p_mem, full_l, full_r, full_t, p_ready)
+            _store_tile(p_mem.index(i % STAGES), prob_ptr, stride, heads, i * FEW)
+        if i > 0:
+            stage = (i - 1) % STAGES
+            mbarrier.wait(ds_ready.index(stage), ((i - 1) // STAGES) & 1)
+            dq_l = warpgroup_mma(ds_mem.index(stage), k_l.index(stage), dq_l)
+            mbarrier.arrive(empty_l.index(stage))
+            dq_t = warpgroup_mma(ds_mem.index(stage), k_t.index(stage), dq_t)
+            mbarrier.arrive(empty_t.index(stage))
     _store(q_l, dq_l.to(q_l.dtype), dq_ptr, 2 * HALF + ROPE, heads, HALF)
     _store(q_t, dq_t.to(q_t.dtype), dq_ptr + 2 * HALF, 2 * HALF + ROPE, heads, ROPE)
 
 
 @gluon.jit
+def _dprob(i, g_l, g_r, k_l, k_r, full_l, full_r):
+    """dO V^T of tile i."""
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, FEW, 16])
+    stage = i % STAGES
+    phase = (i // STAGES) & 1
+    dprob = gl.zeros([HEADS, FEW], gl.float32, layout=layout)
+    mbarrier.wait(full_l.index(stage), phase)
+    fence_async_shared()
+    dprob = warpgroup_mma(g_l, k_l.index(stage).permute((1, 0)), dprob, use_acc=False)
+    mbarrier.wait(full_r.index(stage), phase)
+    fence_async_shared()
+    return warpgroup_mma(g_r, k_r.index(stage).permute((1, 0)), dprob)
+
+
+@gluon.jit
+def _write_dscore(i, dprob, delta, scale, p_mem, ds_mem, p_ready, ds_ready):
+    stage = i % STAGES
+    mbarrier.wait(p_ready.index(stage), (i // STAGES) & 1)
+    prob = p_mem.index(stage).load(dprob.type.layout).to(gl.float32)
+    ds_mem.index(stage).store((prob * (dprob - delta[:, None]) * scale).to(ds_mem.dtype))
+    fence_async_shared()
+    mbarrier.arrive(ds_ready.index(stage))
+
+
+@gluon.jit
 def _gradient_right(
-    delta_ptr, dq_ptr, dscore_ptr, stride, heads, tiles, scale,
-    g_l, g_r, k_l, k_r, p_mem, ds_mem, still, full_l, full_r, empty_r, p_ready, ds_ready,
+    delta_ptr, dq_ptr, dscore_ptr, stride, heads, tiles, scale, g_l, g_r, k_l, k_r, p_mem, ds_mem,
+    still, full_l, full_r, empty_r, p_ready, ds_ready,
 ):  # fmt: skip
-    score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, FEW, 16])
     out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16])
     head = gl.arange(0, HEADS, layout=gl.SliceLayout(1, score_layout))
     delta = gl.load(delta_ptr + head, mask=head < heads, other=0.0)
     dq_r = gl.zeros([HEADS, HALF], gl.float32, layout=out_layout)
     mbarrier.wait(still, 0)
+    dprob = _dprob(0, g_l, g_r, k_l, k_r, full_l, full_r)
     for i in range(tiles):
-        none = gl.zeros([HEADS, KEYS], gl.float32, layout=score_layout)
-        mbarrier.wait(full_l, i & 1)
-        fence_async_shared()
-        dprob = warpgroup_mma(g_l, k_l.permute((1, 0)), none, use_acc=False)
-        mbarrier.wait(full_r, i & 1)
-        fence_async_shared()
-        dprob = warpgroup_mma(g_r, k_r.permute((1, 0)), dprob)
-        mbarrier.wait(p_ready, i & 1)
-        prob = p_mem.load(score_layout).to(gl.float32)
-        ds_mem.store((prob * (dprob - delta[:, None]) * scale).to(ds_mem.dtype))
-        fence_async_shared()
-        mbarrier.arrive(ds_ready)
-        _store_tile(ds_mem, dscore_ptr, stride, heads, i * KEYS)
-        dq_r = warpgroup_mma(ds_mem, k_r, dq_r)
-        mbarrier.arrive(empty_r)
+        _write_dscore(i, dprob, delta, scale, p_mem, ds_mem, p_ready, ds_ready)
+        stage = i % STAGES
+        _store_tile(ds_mem.index(stage), dscore_ptr, stride, heads, i * FEW)
+        if i + 1 < tiles:
+            dprob = _dprob(i + 1, g_l, g_r, k_l, k_r, full_l, full_r)
+        dq_r = warpgroup_mma(ds_mem.index(stage), k_r.index(stage), dq_r)
+        mbarrier.arrive(empty_r.index(stage))
     _store(g_r, dq_r.to(g_r.dtype), dq_ptr + HALF, 2 * HALF + ROPE, heads, HALF)
 
 
@@ -346,51 +386,58 @@ def _gradient_kernel(
     width: gl.constexpr = 2 * HALF + ROPE
     dtype: gl.constexpr = q_ptr.dtype.element_ty
     ids_ptr += n * K
-    tiles = _tiles(ids_ptr, K, K_PADDED)
+    tiles = gl.maximum(_tiles(ids_ptr, K, K_PADDED) * (KEYS // FEW), 1)  # a query without keys gets zeros
 
     wide: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HEADS, HALF], dtype)
     narrow: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HEADS, ROPE], dtype)
+    thin: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HEADS, FEW], dtype)
     q_l = gl.allocate_shared_memory(dtype, [HEADS, HALF], wide)
     q_r = gl.allocate_shared_memory(dtype, [HEADS, HALF], wide)
     q_t = gl.allocate_shared_memory(dtype, [HEADS, ROPE], narrow)
     g_l = gl.allocate_shared_memory(dtype, [HEADS, HALF], wide)
     g_r = gl.allocate_shared_memory(dtype, [HEADS, HALF], wide)
-    k_l = gl.allocate_shared_memory(dtype, [KEYS, HALF], wide)
-    k_r = gl.allocate_shared_memory(dtype, [KEYS, HALF], wide)
-    k_t = gl.allocate_shared_memory(dtype, [KEYS, ROPE], narrow)
-    p_mem = gl.allocate_shared_memory(dtype, [HEADS, KEYS], narrow)
-    ds_mem = gl.allocate_shared_memory(dtype, [HEADS, KEYS], narrow)
+    k_l = gl.allocate_shared_memory(dtype, [STAGES, FEW, HALF], wide)
+    k_r = gl.allocate_shared_memory(dtype, [STAGES, FEW, HALF], wide)
+    k_t = gl.allocate_shared_memory(dtype, [STAGES, FEW, ROPE], narrow)
+    p_mem = gl.allocate_shared_memory(dtype, [STAGES, HEADS, FEW], thin)
+    ds_mem = gl.allocate_shared_memory(dtype, [STAGES, HEADS, FEW], thin)
     bars: gl.constexpr = mbarrier.MBarrierLayout()
     still = gl.allocate_shared_memory(gl.int64, [1], bars)
-    full_l = gl.allocate_shared_memory(gl.int64, [1], bars)
-    full_r = gl.allocate_shared_memory(gl.int64, [1], bars)
-    empty_l = gl.allocate_shared_memory(gl.int64, [1], bars)
-    empty_r = gl.allocate_shared_memory(gl.int64, [1], bars)
-    p_ready = gl.allocate_shared_memory(gl.int64, [1], bars)
-    ds_ready = gl.allocate_shared_memory(gl.int64, [1], bars)
+    full_l = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars)
+    full_r = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars)
+    full_t = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars)
+    empty_l = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars)
+    empty_r = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars)
+    empty_t = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars)
+    p_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars)
+    ds_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars)
     mbarrier.init(still, count=PRODUCER_THREADS)
-    mbarrier.init(full_l, count=PRODUCER_THREADS)
-    mbarrier.init(full_r, count=PRODUCER_THREADS)
-    mbarrier.init(empty_l, count=1)
-    mbarrier.init(empty_r, count=1)
-    mbarrier.init(p_ready, count=1)
-    mbarrier.init(ds_ready, count=1)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full_l.index(i), count=PRODUCER_THREADS)
+        mbarrier.init(full_r.index(i), count=PRODUCER_THREADS)
+        mbarrier.init(full_t.index(i), count=PRODUCER_THREADS)
+        mbarrier.init(empty_l.index(i), count=1)
+        mbarrier.init(empty_r.index(i), count=1)
+        mbarrier.init(empty_t.index(i), count=1)
+        mbarrier.init(p_ready.index(i), count=1)
+        mbarrier.init(ds_ready.index(i), count=1)
     fence_async_shared()
-    gl.thread_barrier()
+    barrier()
     dq_ptr += row * width
     left = (
         ids_ptr, lse_ptr + row, dq_ptr, prob_ptr + row * stride, stride, heads, tiles, K, scale * LOG2E,
-        q_l, q_r, q_t, k_l, k_r, k_t, p_mem, ds_mem, still, full_l, full_r, empty_l, p_ready, ds_ready,
+        q_l, q_r, q_t, k_l, k_r, k_t, p_mem, ds_mem,
+        still, full_l, full_r, full_t, empty_l, empty_t, p_ready, ds_ready,
     )  # fmt: skip
     right = (
         delta_ptr + row, dq_ptr, dscore_ptr + row * stride, stride, heads, tiles, scale,
         g_l, g_r, k_l, k_r, p_mem, ds_mem, still, full_l, full_r, empty_r, p_ready, ds_ready,
     )  # fmt: skip
-    gather = (
+    sources = (
         q_ptr + row * width, grad_ptr + row * (2 * HALF), kv_ptr, kv_stride, ids_ptr, heads, tiles, K,
-        q_l, q_r, q_t, g_l, g_r, k_l, k_r, k_t, still, full_l, full_r, empty_l, empty_r,
+        q_l, q_r, q_t, g_l, g_r, k_l, k_r, k_t, still, full_l, full_r, full_t, empty_l, empty_r, empty_t,
     )  # fmt: skip
-    gl.warp_specialize([(_gradient_left, left), (_gradient_right, right), (_produce_twice, gather)], [4, 4], [192, 72])
+    gl.warp_specialize([(_gradient_left, left), (_gradient_right, right), (_produce_twice, sources)], [4, 4], [192, 72])
 
 
 @gluon.jit
@@ -421,16 +468,26 @@ def _produce_rows(
 
 
 @gluon.jit
-def _store_rows(out, row_ptr, column, slots, layout: gl.constexpr, WIDTH: gl.constexpr):
+def _halves(x):
+    """[A, 2 * B] -> two [A, B], within registers."""
+    HALF_WIDTH: gl.constexpr = x.shape[1] // 2
+    return gl.split(gl.permute(gl.reshape(x, [x.shape[0], 2, HALF_WIDTH]), (0, 2, 1)))
+
+
+@gluon.jit
+def _store_piece(out, smem, row_ptr, column, slots):
+    """64 columns of the rows of a tile, through shared memory, so that the stores to memory are wide."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    smem.store(out.to(smem.dtype))
     slot = gl.arange(0, KEYS, layout=gl.SliceLayout(1, layout))
-    at = column + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, layout))
+    at = column + gl.arange(0, ROPE, layout=gl.SliceLayout(0, layout))
     pointer = row_ptr + (slot * (2 * HALF + ROPE))[:, None] + at[None, :]
-    gl.store(pointer, out.to(row_ptr.dtype.element_ty), mask=(slot < slots)[:, None])
+    gl.store(pointer, smem.load(layout), mask=(slot < slots)[:, None])
 
 
 @gluon.jit
 def _sum_heads(
-    row_ptr, column, with_rope, tiles, K, q_mem, q_t, g_mem, p_mem, ds_mem, still, full, empty,
+    row_ptr, column, with_rope, tiles, K, q_mem, q_t, g_mem, p_mem, ds_mem, out_mem, still, full, empty,
 ):  # fmt: skip
     WIDTH: gl.constexpr = q_mem.shape[1]
     DEPTH: gl.constexpr = full.shape[0]
@@ -449,9 +506,19 @@ def _sum_heads(
         if with_rope:
             rope = gl.zeros([KEYS, ROPE], gl.float32, layout=rope_layout)
             rope = warpgroup_mma(dscore, q_t, rope, use_acc=False)
-            _store_rows(rope, row_ptr, 2 * HALF, K - i * KEYS, rope_layout, ROPE)
+            _store_piece(rope, out_mem, row_ptr, 2 * HALF, K - i * KEYS)
         mbarrier.arrive(empty.index(stage))
-        _store_rows(out, row_ptr, column, K - i * KEYS, layout, WIDTH)
+        low, high = _halves(out)
+        if WIDTH == 2 * ROPE:
+            _store_piece(low, out_mem, row_ptr, column, K - i * KEYS)
+            _store_piece(high, out_mem, row_ptr, column + ROPE, K - i * KEYS)
+        else:
+            low_low, low_high = _halves(low)
+            high_low, high_high = _halves(high)
+            _store_piece(low_low, out_mem, row_ptr, column, K - i * KEYS)
+            _store_piece(low_high, out_mem, row_ptr, column + ROPE, K - i * KEYS)
+            _store_piece(high_low, out_mem, row_ptr, column + 2 * ROPE, K - i * KEYS)
+            _store_piece(high_high, out_mem, row_ptr, column + 3 * ROPE, K - i * KEYS)
         row_ptr += KEYS * (2 * HALF + ROPE)
 
 
@@ -475,6 +542,9 @@ def _row_kernel(
     g_r = gl.allocate_shared_memory(dtype, [BLOCK_H, WIDTH], wide)
     p_mem = gl.allocate_shared_memory(dtype, [DEPTH, BLOCK_H, KEYS], narrow)
     ds_mem = gl.allocate_shared_memory(dtype, [DEPTH, BLOCK_H, KEYS], narrow)
+    square: gl.constexpr = gl.NVMMASharedLayout.get_default_for([KEYS, ROPE], dtype)
+    out_l = gl.allocate_shared_memory(dtype, [KEYS, ROPE], square)
+    out_r = gl.allocate_shared_memory(dtype, [KEYS, ROPE], square)
     bars: gl.constexpr = mbarrier.MBarrierLayout()
     still = gl.allocate_shared_memory(gl.int64, [1], bars)
     full = gl.allocate_shared_memory(gl.int64, [DEPTH, 1], bars)
@@ -484,13 +554,13 @@ def _row_kernel(
         mbarrier.init(full.index(i), count=PRODUCER_THREADS)
         mbarrier.init(empty.index(i), count=2)
     fence_async_shared()
-    gl.thread_barrier()
+    barrier()
     row_ptr += n * K * (2 * HALF + ROPE)
     left = (
-        row_ptr, column, part == 0, tiles, K, q_l, q_t, g_l, p_mem, ds_mem, still, full, empty,
+        row_ptr, column, part == 0, tiles, K, q_l, q_t, g_l, p_mem, ds_mem, out_l, still, full, empty,
     )  # fmt: skip
     right = (
-        row_ptr, column + WIDTH, part < 0, tiles, K, q_r, q_t, g_r, p_mem, ds_mem, still, full, empty,
+        row_ptr, column + WIDTH, part < 0, tiles, K, q_r, q_t, g_r, p_mem, ds_mem, out_r, still, full, empty,
     )  # fmt: skip
     load = (
         q_ptr + n * H * (2 * HALF + ROPE), grad_ptr + n * H * (2 * HALF),

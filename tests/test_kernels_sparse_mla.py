@@ -7,9 +7,9 @@ from trimtab.kernels import sparse_mla as kernels
 from trimtab.kernels.sparse_mla import sparse_mla
 
 SIZES = [  # N, H, K, M, value, rope
-    (1, 1, 64, 80, 32, 16),
+    (1, 1, 64, 70, 32, 16),
     (4, 3, 64, 20, 24, 16),  # more slots than keys, widths that are no powers of two
-    (3, 16, 100, 150, 32, 16),
+    (3, 16, 100, 120, 32, 16),
     (3, 40, 64, 70, 32, 8),
 ]
 if DEVICE == "cuda":
@@ -72,7 +72,7 @@ def test_queries_without_keys_give_zero_and_no_gradient():
     assert not out.any() and not dq.any() and not dkv.any()
 
 
-@pytest.mark.parametrize("splits", [2, 5, 9])
+@pytest.mark.parametrize("splits", [2, 9])
 def test_keys_split_over_programs_give_the_same_attention(splits):
     q_NHC, kv_MC, ids_NK, _ = inputs(3, 3, 130, 150, 32, 16, torch.float32)
     whole, whole_lse = kernels._forward(q_NHC, kv_MC, ids_NK, 32, 0.2, splits=1)
