@@ -300,7 +300,7 @@ def sparse_attention(
     return m.o_proj(torch.cat(outs)), torch.cat(kls) if kls else None
 
 
-def full_attention(attention: nn.Module, x_ND: Tensor, rotary: tuple[Tensor, Tensor], blocks: list[Block]) -> Tensor:
+def full_attention(attention: nn.Module, x_ND: Tensor, rotary: tuple[Tensor, Tensor], blocks: Sequence[Part]) -> Tensor:
     """Causal attention of Llama and Qwen3 over a pack; Qwen3 normalises queries and keys.
 
     Returns:

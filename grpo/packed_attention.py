@@ -90,9 +90,7 @@ def attend_masked(
         with torch.no_grad():
             q_NHC, row_NC, _ = _absorb(m, latents)
         return out_NHV, _selected_kl(index, q_NHC, row_NC, ids_NK, lse_NH, m.scaling)
-    kl_N = dense_indexer_kl(
-        *index, q_NHD.detach(), k_NHD.detach(), lse_NH, span.start_N, span.end_N, scale=m.scaling
-    )
+    kl_N = dense_indexer_kl(*index, q_NHD.detach(), k_NHD.detach(), lse_NH, span.start_N, span.end_N, scale=m.scaling)
     return out_NHV, kl_N
 
 

@@ -298,6 +298,10 @@ def _backward_chunk(
     half, stride, precision = q_NHC.element_size() == 2, kv_MC.stride(0), _precision(q_NHC)
     slots = slots_by_key(ids_NK, len(kv_MC))
     row_EC = torch.empty(N * K, C, dtype=q_NHC.dtype, device=q_NHC.device)
+    hopper = _hopper(q_NHC, kv_MC, V)
+    if hopper is not None:
+        hopper.gradients(q_NHC, kv_MC, ids_NK, grad_NHV, lse_NH, delta_NH, scale, dq_NHC, row_EC)
+        return sum_by_key(row_EC, slots, dkv_MC)
     heads = min(HEADS_BACKWARD if half else 16, max(16, triton.next_power_of_2(H)))
     dscore_EH = torch.empty(N * K, heads, dtype=q_NHC.dtype, device=q_NHC.device)
     BLOCK_K, BLOCK_C, warps, stages = (128, 64, 8 if heads == 128 else 4, 3) if half else (32, 16, 4, 2)
@@ -327,7 +331,7 @@ def _backward(
     if q_NHC.numel() == 0:
         return dq_NHC, torch.zeros(kv_MC.shape, dtype=torch.float32, device=kv_MC.device)
     delta_NH = _delta(out_NHV, grad_NHV)
-    per_query = max(1, K) * (C + min(H, HEADS_BACKWARD)) * q_NHC.element_size()
+    per_query = max(1, K) * (C + 2 * min(H, HEADS_BACKWARD)) * q_NHC.element_size()
     rows = triton.cdiv(N, triton.cdiv(N * per_query, WORKSPACE))
     for n in range(0, N, rows):
         at = slice(n, n + rows)

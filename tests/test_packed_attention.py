@@ -11,7 +11,7 @@ from torch import Tensor
 from trimtab.grpo import packed_attention
 from trimtab.grpo.policy import Policy, PolicyOutput
 
-LENGTHS = (37, 5, 1, 21)
+LENGTHS = (23, 1, 5)
 FORMS = {"masked": packed_attention.attend_masked, "selected": packed_attention.attend_selected}
 
 
@@ -50,7 +50,6 @@ def _run(model, *, packed: bool, form: str | None = None, **options) -> tuple[Po
         ("masked", {}),
         ("selected", {}),
         ("masked", {"with_indexer_kl": True}),
-        ("selected", {"with_indexer_kl": True}),
         ("masked", {"with_indexer_kl": True, "dense_attention": True}),
         ("selected", {"with_indexer_kl": True, "checkpointing": True}),
     ],
