@@ -76,7 +76,7 @@ def _scores(
         return
     q_NHD, w_NH, start_N, end_N = q_NHD.contiguous(), w_NH.contiguous(), start_N.contiguous(), end_N.contiguous()
     block_h, block_d = _padded(H), _padded(D)
-    block_m, warps, stages = (32, 8, 2) if q_NHD.dtype == torch.float32 else (128, 4, 3)
+    block_m, warps, stages = (32, 8, 2) if q_NHD.dtype == torch.float32 else (256, 8, 3)
     _index_scores_kernel[(triton.cdiv(M, block_m), triton.cdiv(N, 64))](
         q_NHD, k_MD, w_NH, k_scale_M, row_M, start_N, end_N, score_NM, N, M, k_MD.stride(0),
         H, D, fill, _precision(q_NHD), block_h, block_d, block_m, 64, num_warps=warps, num_stages=stages,

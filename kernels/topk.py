@@ -48,14 +48,6 @@ def _threshold(score, topk):
 
 
 @triton.jit
-def _ones(word):
-    """Set bits of each word."""
-    word -= (word >> 1) & 0x55555555
-    word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
-    return ((((word + (word >> 4)) & 0x0F0F0F0F) * 0x01010101) >> 24).to(tl.int32)
-
-
-@triton.jit
 def _mark_kernel(
     score_ptr, start_ptr, end_ptr, above_ptr, tied_ptr, M, stride, topk, BLOCK: tl.constexpr,
 ):  # fmt: skip

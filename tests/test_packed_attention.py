@@ -4,12 +4,13 @@ import copy
 
 import pytest
 import torch
-from kernel_checks import DEVICE
+from kernel_checks import DEVICE, DTYPES, needs_gpu
 from tiny import tiny_deepseek
 from torch import Tensor
 
 from trimtab.grpo import packed_attention
 from trimtab.grpo.policy import Policy, PolicyOutput
+from trimtab.kernels.lm_head import full_logp
 
 LENGTHS = (23, 1, 5)
 FORMS = {"masked": packed_attention.attend_masked, "selected": packed_attention.attend_selected}
@@ -65,6 +66,24 @@ def test_triton_forms_equal_plain_pytorch_in_outputs_and_gradients(model, form, 
     assert gradients.keys() == expected_gradients.keys()
     for name, gradient in expected_gradients.items():
         assert (gradients[name] - gradient).norm() <= 2e-4 * gradient.norm(), name
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_ratio_is_exactly_one_after_an_update_that_changes_nothing(model, dtype):
+    policy = Policy(copy.deepcopy(model).to(DEVICE, dtype))
+    optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
+    ids_N, cu_seqlens = _pack(DEVICE)
+    passes = []
+    for _ in range(3):
+        out = policy(ids_N, cu_seqlens, with_indexer_kl=True)
+        logp_N = full_logp(out.hidden_ND, policy.head_weight, ids_N, 1.3)
+        optimizer.zero_grad()
+        (logp_N.sum() + out.indexer_kl_N.mean()).backward()
+        optimizer.step()
+        passes.append([logp_N.detach(), *(p.grad.clone() for p in policy.parameters() if p.grad is not None)])
+    assert torch.equal((passes[1][0] - passes[0][0]).exp(), torch.ones_like(passes[0][0]))
+    assert all(torch.equal(a, b) for again in passes[1:] for a, b in zip(again, passes[0], strict=True))
 
 
 def test_spans_part_where_the_form_changes():
