@@ -147,9 +147,10 @@ def _hopper(q_NHC: Tensor, kv_MC: Tensor, value_dim: int) -> ModuleType | None:
     """The kernels for Hopper, where they can run."""
     if not q_NHC.is_cuda:
         return None
-    from trimtab.kernels import sparse_mla_hopper  # Gluon, which only newer Tritons have
+    from trimtab.kernels import sparse_mla_few_heads, sparse_mla_hopper  # Gluon, which only newer Tritons have
 
-    return sparse_mla_hopper if sparse_mla_hopper.supported(q_NHC, kv_MC, value_dim) else None
+    modules = (sparse_mla_hopper, sparse_mla_few_heads)
+    return next((module for module in modules if module.supported(q_NHC, kv_MC, value_dim)), None)
 
 
 def _splits(programs: int, tiles: int, device: torch.device) -> int:

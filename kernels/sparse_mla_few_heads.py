@@ -28,6 +28,7 @@ WIDTH = gl.constexpr(576)
 LOG2E = gl.constexpr(1.4426950408889634)
 PRODUCER_THREADS = gl.constexpr(128)
 ROPE_GROUP = gl.constexpr(2)  # groups of columns 0 and 1 are the halves
+REGISTERS = gl.constexpr([224, 56])
 COPY_LAYOUT = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
 FLAT = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
 
@@ -60,7 +61,7 @@ def _produce(q_ptr, kv_ptr, kv_stride, ids_ptr, H, K, tiles, q, q_t, k, k_t, sti
     ids = _load_ids(ids_ptr, 0, K)
     _load_heads(q.index(0), q_ptr + head * WIDTH, 0, (head < H)[:, None])
     _load_heads(q.index(1), q_ptr + head * WIDTH, HALF, (head < H)[:, None])
-    _load_heads(q_t, q_ptr + head * WIDTH, VALUE, (head < H)[:, None])
+    _load_heads(q_t.index(0), q_ptr + head * WIDTH, VALUE, (head < H)[:, None])
     async_copy.mbarrier_arrive(still, increment_count=False)
     for i in range(tiles):
         row_ptr = kv_ptr + ids * kv_stride
@@ -113,22 +114,24 @@ def _attend(
     ids = gl.load(ids_ptr + slot, mask=slot < K, other=-1)
     mbarrier.wait(still, 0)
     for i in range(WHICH, tiles, 2):
-        stage = _opaque(i % 2)
+        first = _opaque(0)
+        stage = first + i % 2
         k_l = k.index(stage)
         k_r = k.index(2 + stage)
         _await(i, full, ROPE_GROUP)
-        score = warpgroup_mma(k_t.index(stage), q_t.permute((1, 0)), none, use_acc=False)
+        score = warpgroup_mma(k_t.index(stage), q_t.index(first).permute((1, 0)), none, use_acc=False)
         mbarrier.arrive(empty.index(2 * ROPE_GROUP + WHICH))
         _await(i, full, 0)
-        score = warpgroup_mma(k_l, q.index(0).permute((1, 0)), score)
+        score = warpgroup_mma(k_l, q.index(first).permute((1, 0)), score)
         _await(i, full, 1)
-        score = warpgroup_mma(k_r, q.index(1).permute((1, 0)), score)
+        score = warpgroup_mma(k_r, q.index(first + 1).permute((1, 0)), score)
         score = gl.where((ids >= 0)[:, None], score * scale, float("-inf"))
         slot += 2 * KEYS
         ids = gl.load(ids_ptr + slot, mask=slot < K, other=-1)
         new_top = gl.maximum(top, gl.max(score, 0))
         shift = gl.where(new_top == float("-inf"), 0.0, new_top)
         prob = gl.exp2(score - shift[None, :])
+        stage = _opaque(i % 2)
         prob_mem = p.index(stage).permute((1, 0))
         prob_mem.store(prob.to(p.dtype))
         fence_async_shared()
@@ -137,8 +140,8 @@ def _attend(
         sums = sums * shrink + prob
         out_l = out_l * shrink
         out_r = out_r * shrink
-        out_l = warpgroup_mma(k_l.permute((1, 0)), prob_mem, out_l, is_async=True)
-        out_r = warpgroup_mma(k_r.permute((1, 0)), prob_mem, out_r, is_async=True)
+        out_l = warpgroup_mma(k.index(stage).permute((1, 0)), prob_mem, out_l, is_async=True)
+        out_r = warpgroup_mma(k.index(2 + stage).permute((1, 0)), prob_mem, out_r, is_async=True)
         out_l, out_r = warpgroup_mma_wait(1, deps=[out_l, out_r])
         mbarrier.arrive(empty.index(WHICH))
         out_l, out_r = warpgroup_mma_wait(0, deps=[out_l, out_r])
@@ -202,7 +205,7 @@ def _forward_kernel(
     wide: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_H, HALF], dtype)
     narrow: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_H, ROPE], dtype)
     q = gl.allocate_shared_memory(dtype, [2, BLOCK_H, HALF], wide)
-    q_t = gl.allocate_shared_memory(dtype, [BLOCK_H, ROPE], narrow)
+    q_t = gl.allocate_shared_memory(dtype, [1, BLOCK_H, ROPE], narrow)
     k = gl.allocate_shared_memory(dtype, [4, KEYS, HALF], wide)
     k_t = gl.allocate_shared_memory(dtype, [2, KEYS, ROPE], narrow)
     p = gl.allocate_shared_memory(dtype, [2, BLOCK_H, KEYS], narrow)
@@ -218,7 +221,7 @@ def _forward_kernel(
         q, q_t, k, k_t, p, stat, still, full, empty, done,
     )  # fmt: skip
     load = (q_ptr + n * H * WIDTH, kv_ptr, kv_stride, ids_ptr, H, K, tiles, q, q_t, k, k_t, still, full, empty)
-    gl.warp_specialize([(_attend_even, use), (_attend_odd, use), (_produce, load)], [4, 4], [192, 72])
+    gl.warp_specialize([(_attend_even, use), (_attend_odd, use), (_produce, load)], [4, 4], REGISTERS)
 
 
 def supported(q_NHC: Tensor, kv_MC: Tensor, value_dim: int) -> bool:
@@ -254,7 +257,7 @@ def _produce_twice(
     ids = _load_ids(ids_ptr, 0, K)
     _load_heads(q.index(0), q_ptr + head * WIDTH, 0, (head < H)[:, None])
     _load_heads(q.index(1), q_ptr + head * WIDTH, HALF, (head < H)[:, None])
-    _load_heads(q_t, q_ptr + head * WIDTH, VALUE, (head < H)[:, None])
+    _load_heads(q_t.index(0), q_ptr + head * WIDTH, VALUE, (head < H)[:, None])
     _load_heads(g.index(0), grad_ptr + head * VALUE, 0, (head < H)[:, None])
     _load_heads(g.index(1), grad_ptr + head * VALUE, HALF, (head < H)[:, None])
     async_copy.mbarrier_arrive(still, increment_count=False)
@@ -276,9 +279,6 @@ def _differentiate(
     row_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROPE, 16])
     operand: gl.constexpr = gl.DotOperandLayout(0, row_layout, 2)
     head = gl.arange(0, BLOCK_H, layout=gl.SliceLayout(0, layout))
-    lse = gl.load(lse_ptr + head, mask=head < H, other=float("inf"))
-    lse = gl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
-    delta = gl.load(delta_ptr + head, mask=head < H, other=0.0)
     none = gl.zeros([KEYS, BLOCK_H], gl.float32, layout=layout)
     no_row = gl.zeros([KEYS, ROPE], gl.float32, layout=row_layout)
     dq_l = gl.zeros([HALF, BLOCK_H], gl.float32, layout=layout)
@@ -288,42 +288,48 @@ def _differentiate(
     row_ptr += WHICH * KEYS * WIDTH
     mbarrier.wait(still, 0)
     for i in range(WHICH, tiles, 2):
-        stage = _opaque(i % 2)
+        first = _opaque(0)
+        stage = first + i % 2
         k_l = k.index(stage)
         k_r = k.index(2 + stage)
-        tail = k_t.index(stage)
         ids = gl.load(ids_ptr + i * KEYS + slot, mask=i * KEYS + slot < K, other=-1)
         _await(i, full, 0)
-        score = warpgroup_mma(k_l, q.index(0).permute((1, 0)), none, use_acc=False, is_async=True)
-        dprob = warpgroup_mma(k_l, g.index(0).permute((1, 0)), none, use_acc=False, is_async=True)
+        score = warpgroup_mma(k_l, q.index(first).permute((1, 0)), none, use_acc=False, is_async=True)
+        dprob = warpgroup_mma(k_l, g.index(first).permute((1, 0)), none, use_acc=False, is_async=True)
         score, dprob = warpgroup_mma_wait(0, deps=[score, dprob])
         _await(i, full, 1)
-        score = warpgroup_mma(k_r, q.index(1).permute((1, 0)), score, is_async=True)
-        dprob = warpgroup_mma(k_r, g.index(1).permute((1, 0)), dprob, is_async=True)
+        score = warpgroup_mma(k_r, q.index(first + 1).permute((1, 0)), score, is_async=True)
+        dprob = warpgroup_mma(k_r, g.index(first + 1).permute((1, 0)), dprob, is_async=True)
         score, dprob = warpgroup_mma_wait(0, deps=[score, dprob])
         _await(i, full, ROPE_GROUP)
-        score = warpgroup_mma(tail, q_t.permute((1, 0)), score)
+        score = warpgroup_mma(k_t.index(stage), q_t.index(first).permute((1, 0)), score)
+        lse = gl.load(lse_ptr + head, mask=head < H, other=float("inf"))
+        lse = gl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
+        delta = gl.load(delta_ptr + head, mask=head < H, other=0.0)
         prob = gl.where((ids >= 0)[:, None], gl.exp2(score * (scale * LOG2E) - lse[None, :]), 0.0)
         dscore = (prob * (dprob - delta[None, :]) * scale).to(ds.dtype)
+        stage = _opaque(i % 2)
         ds_mem = ds.index(stage).permute((1, 0))
         ds_mem.store(dscore)
         fence_async_shared()
-        dq_l = warpgroup_mma(k_l.permute((1, 0)), ds_mem, dq_l, is_async=True)
-        dq_r = warpgroup_mma(k_r.permute((1, 0)), ds_mem, dq_r, is_async=True)
-        dq_t = warpgroup_mma(tail.permute((1, 0)), ds_mem, dq_t, is_async=True)
+        dq_l = warpgroup_mma(k.index(stage).permute((1, 0)), ds_mem, dq_l, is_async=True)
+        dq_r = warpgroup_mma(k.index(2 + stage).permute((1, 0)), ds_mem, dq_r, is_async=True)
+        dq_t = warpgroup_mma(k_t.index(stage).permute((1, 0)), ds_mem, dq_t, is_async=True)
         dq_l, dq_r, dq_t = warpgroup_mma_wait(2, deps=[dq_l, dq_r, dq_t])
         mbarrier.arrive(empty.index(WHICH))
         dq_l, dq_r, dq_t = warpgroup_mma_wait(0, deps=[dq_l, dq_r, dq_t])
         mbarrier.arrive(empty.index(2 + WHICH))
+        first = _opaque(0)
+        tail = k_t.index(first + i % 2)
         dscore = gl.convert_layout(dscore, operand)
         prob = gl.convert_layout(prob.to(ds.dtype), operand)
         for c in gl.static_range(VALUE // ROPE):
-            q_part = q.index(c * ROPE // HALF).slice(c * ROPE % HALF, ROPE, dim=1)
-            g_part = g.index(c * ROPE // HALF).slice(c * ROPE % HALF, ROPE, dim=1)
+            q_part = q.index(first + c * ROPE // HALF).slice(c * ROPE % HALF, ROPE, dim=1)
+            g_part = g.index(first + c * ROPE // HALF).slice(c * ROPE % HALF, ROPE, dim=1)
             row = warpgroup_mma(dscore, q_part, no_row, use_acc=False)
             row = warpgroup_mma(prob, g_part, row)
             _store_piece(row, tail, row_ptr, c * ROPE, K - i * KEYS)
-        row = warpgroup_mma(dscore, q_t, no_row, use_acc=False)
+        row = warpgroup_mma(dscore, q_t.index(first), no_row, use_acc=False)
         _store_piece(row, tail, row_ptr, VALUE, K - i * KEYS)
         barrier()
         mbarrier.arrive(empty.index(2 * ROPE_GROUP + WHICH))
@@ -341,7 +347,7 @@ def _differentiate(
     _store_heads(kept, q.index(WHICH), dq_ptr + WHICH * HALF, WIDTH, H)
     if WHICH == 0:
         dq_t += k_t.index(1)._reinterpret(gl.float32, [ROPE, BLOCK_H], FLAT).load(layout)
-        _store_heads(dq_t, q_t, dq_ptr + VALUE, WIDTH, H)
+        _store_heads(dq_t, q_t.index(0), dq_ptr + VALUE, WIDTH, H)
 
 
 @gluon.jit
@@ -376,7 +382,7 @@ def _gradient_kernel(
     wide: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_H, HALF], dtype)
     narrow: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_H, ROPE], dtype)
     q = gl.allocate_shared_memory(dtype, [2, BLOCK_H, HALF], wide)
-    q_t = gl.allocate_shared_memory(dtype, [BLOCK_H, ROPE], narrow)
+    q_t = gl.allocate_shared_memory(dtype, [1, BLOCK_H, ROPE], narrow)
     g = gl.allocate_shared_memory(dtype, [2, BLOCK_H, HALF], wide)
     k = gl.allocate_shared_memory(dtype, [4, KEYS, HALF], wide)
     k_t = gl.allocate_shared_memory(dtype, [2, KEYS, ROPE], narrow)
@@ -396,7 +402,7 @@ def _gradient_kernel(
         q, q_t, g, k, k_t, still, full, empty,
     )  # fmt: skip
     gl.warp_specialize(
-        [(_differentiate_even, use), (_differentiate_odd, use), (_produce_twice, load)], [4, 4], [216, 72]
+        [(_differentiate_even, use), (_differentiate_odd, use), (_produce_twice, load)], [4, 4], REGISTERS
     )
 
 
