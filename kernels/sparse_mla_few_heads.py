@@ -20,6 +20,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from trimtab.kernels.sparse_mla_hopper import _gather, _padded, _store_piece, _tiles, barrier
 
+descriptor = gl.shared_memory_descriptor
+reinterpret = getattr(descriptor, "reinterpret", None) or descriptor._reinterpret  # the older name
 KEYS = gl.constexpr(64)
 HALF = gl.constexpr(256)
 VALUE = gl.constexpr(512)
@@ -27,7 +29,8 @@ ROPE = gl.constexpr(64)
 WIDTH = gl.constexpr(576)
 LOG2E = gl.constexpr(1.4426950408889634)
 PRODUCER_THREADS = gl.constexpr(128)
-ROPE_GROUP = gl.constexpr(2)  # groups of columns 0 and 1 are the halves
+ROPE_BAR = gl.constexpr(2)  # barriers 0 and 1 are those of left halves
+RIGHT_BAR = gl.constexpr(4)
 REGISTERS = gl.constexpr([224, 56])
 COPY_LAYOUT = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
 FLAT = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
@@ -42,16 +45,16 @@ def _load_heads(smem, row_ptr, column, real):
 @gluon.jit
 def _load_ids(ids_ptr, i, K):
     slot = i * KEYS + gl.arange(0, KEYS, layout=gl.SliceLayout(1, COPY_LAYOUT))
-    return gl.maximum(gl.load(ids_ptr + slot, mask=slot < K, other=0), 0).to(gl.int64)
+    return gl.load(ids_ptr + slot, mask=slot < K, other=0)
 
 
 @gluon.jit
-def _refill(i, smem, row_ptr, full, empty, GROUP: gl.constexpr):
-    """The columns of a group of tile i."""
+def _refill(i, smem, bar, row_ptr, column, full, empty, SLOTS: gl.constexpr):
+    """Some columns of tile i, into one of SLOTS buffers."""
     COLUMNS: gl.constexpr = smem.shape[1]
-    mbarrier.wait(empty.index(2 * GROUP + i % 2), ((i // 2) & 1) ^ 1)
-    _gather(smem, row_ptr, GROUP * HALF, None, COPY_LAYOUT, COLUMNS)
-    async_copy.mbarrier_arrive(full.index(2 * GROUP + i % 2), increment_count=False)
+    mbarrier.wait(empty.index(bar), ((i // SLOTS) & 1) ^ 1)
+    _gather(smem, row_ptr, column, None, COPY_LAYOUT, COLUMNS)
+    async_copy.mbarrier_arrive(full.index(bar), increment_count=False)
 
 
 @gluon.jit
@@ -64,16 +67,16 @@ def _produce(q_ptr, kv_ptr, kv_stride, ids_ptr, H, K, tiles, q, q_t, k, k_t, sti
     _load_heads(q_t.index(0), q_ptr + head * WIDTH, VALUE, (head < H)[:, None])
     async_copy.mbarrier_arrive(still, increment_count=False)
     for i in range(tiles):
-        row_ptr = kv_ptr + ids * kv_stride
+        row_ptr = kv_ptr + gl.maximum(ids, 0).to(gl.int64) * kv_stride
         ids = _load_ids(ids_ptr, i + 1, K)
-        _refill(i, k_t.index(i % 2), row_ptr, full, empty, ROPE_GROUP)
-        _refill(i, k.index(i % 2), row_ptr, full, empty, 0)
-        _refill(i, k.index(2 + i % 2), row_ptr, full, empty, 1)
+        _refill(i, k_t.index(i % 2), ROPE_BAR + i % 2, row_ptr, VALUE, full, empty, 2)
+        _refill(i, k.index(i % 2), i % 2, row_ptr, 0, full, empty, 2)
+        _refill(i, k.index(2 + i % 3), RIGHT_BAR + i % 3, row_ptr, HALF, full, empty, 3)
 
 
 @gluon.jit
-def _await(i, full, GROUP: gl.constexpr):
-    mbarrier.wait(full.index(2 * GROUP + i % 2), (i // 2) & 1)
+def _await(i, bar, full, SLOTS: gl.constexpr):
+    mbarrier.wait(full.index(bar), (i // SLOTS) & 1)
     fence_async_shared()
 
 
@@ -81,6 +84,11 @@ def _await(i, full, GROUP: gl.constexpr):
 def _opaque(i):
     """i, of which the compiler knows nothing: addresses are computed in a loop, not kept in registers around it."""
     return gl.inline_asm_elementwise("mov.u32 $0, $1;", "=r,r", [i], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _floats(smem, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
+    return reinterpret(smem, gl.float32, [ROWS, COLUMNS], FLAT)
 
 
 @gluon.jit
@@ -117,13 +125,13 @@ def _attend(
         first = _opaque(0)
         stage = first + i % 2
         k_l = k.index(stage)
-        k_r = k.index(2 + stage)
-        _await(i, full, ROPE_GROUP)
+        k_r = k.index(2 + first + i % 3)
+        _await(i, ROPE_BAR + WHICH, full, 2)
         score = warpgroup_mma(k_t.index(stage), q_t.index(first).permute((1, 0)), none, use_acc=False)
-        mbarrier.arrive(empty.index(2 * ROPE_GROUP + WHICH))
-        _await(i, full, 0)
+        mbarrier.arrive(empty.index(ROPE_BAR + WHICH))
+        _await(i, WHICH, full, 2)
         score = warpgroup_mma(k_l, q.index(first).permute((1, 0)), score)
-        _await(i, full, 1)
+        _await(i, RIGHT_BAR + i % 3, full, 3)
         score = warpgroup_mma(k_r, q.index(first + 1).permute((1, 0)), score)
         score = gl.where((ids >= 0)[:, None], score * scale, float("-inf"))
         slot += 2 * KEYS
@@ -132,6 +140,7 @@ def _attend(
         shift = gl.where(new_top == float("-inf"), 0.0, new_top)
         prob = gl.exp2(score - shift[None, :])
         stage = _opaque(i % 2)
+        right = _opaque(i % 3)
         prob_mem = p.index(stage).permute((1, 0))
         prob_mem.store(prob.to(p.dtype))
         fence_async_shared()
@@ -141,11 +150,11 @@ def _attend(
         out_l = out_l * shrink
         out_r = out_r * shrink
         out_l = warpgroup_mma(k.index(stage).permute((1, 0)), prob_mem, out_l, is_async=True)
-        out_r = warpgroup_mma(k.index(2 + stage).permute((1, 0)), prob_mem, out_r, is_async=True)
+        out_r = warpgroup_mma(k.index(2 + right).permute((1, 0)), prob_mem, out_r, is_async=True)
         out_l, out_r = warpgroup_mma_wait(1, deps=[out_l, out_r])
         mbarrier.arrive(empty.index(WHICH))
         out_l, out_r = warpgroup_mma_wait(0, deps=[out_l, out_r])
-        mbarrier.arrive(empty.index(2 + WHICH))
+        mbarrier.arrive(empty.index(RIGHT_BAR + i % 3))
     total = gl.sum(sums, 0)
     stat.index(WHICH).store(top)
     stat.index(2 + WHICH).store(total)
@@ -153,11 +162,11 @@ def _attend(
         kept, given = out_l, out_r
     else:
         kept, given = out_r, out_l
-    k.index(2 - WHICH)._reinterpret(gl.float32, [HALF, BLOCK_H], FLAT).store(given)
+    _floats(k.index(WHICH), HALF, BLOCK_H).store(given)
     barrier()
     mbarrier.arrive(done)
     mbarrier.wait(done, 0)
-    taken = k.index(1 + WHICH)._reinterpret(gl.float32, [HALF, BLOCK_H], FLAT).load(layout)
+    taken = _floats(k.index(1 - WHICH), HALF, BLOCK_H).load(layout)
     other_top = stat.index(1 - WHICH).load(heads)
     highest = gl.maximum(top, other_top)
     shift = gl.where(highest == float("-inf"), 0.0, highest)
@@ -186,7 +195,8 @@ def _attend_odd(ids_ptr, out_ptr, lse_ptr, H, K, tiles, scale, q, q_t, k, k_t, p
 def _init(still, full, empty, done):
     mbarrier.init(still, count=PRODUCER_THREADS)
     mbarrier.init(done, count=2)
-    for i in gl.static_range(6):
+    BARS: gl.constexpr = full.shape[0]
+    for i in gl.static_range(BARS):
         mbarrier.init(full.index(i), count=PRODUCER_THREADS)
         mbarrier.init(empty.index(i), count=1)
     fence_async_shared()
@@ -206,21 +216,22 @@ def _forward_kernel(
     narrow: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_H, ROPE], dtype)
     q = gl.allocate_shared_memory(dtype, [2, BLOCK_H, HALF], wide)
     q_t = gl.allocate_shared_memory(dtype, [1, BLOCK_H, ROPE], narrow)
-    k = gl.allocate_shared_memory(dtype, [4, KEYS, HALF], wide)
+    k = gl.allocate_shared_memory(dtype, [5, KEYS, HALF], wide)
     k_t = gl.allocate_shared_memory(dtype, [2, KEYS, ROPE], narrow)
     p = gl.allocate_shared_memory(dtype, [2, BLOCK_H, KEYS], narrow)
     stat = gl.allocate_shared_memory(gl.float32, [4, BLOCK_H], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     bars: gl.constexpr = mbarrier.MBarrierLayout()
     still = gl.allocate_shared_memory(gl.int64, [1], bars)
     done = gl.allocate_shared_memory(gl.int64, [1], bars)
-    full = gl.allocate_shared_memory(gl.int64, [6, 1], bars)
-    empty = gl.allocate_shared_memory(gl.int64, [6, 1], bars)
+    full = gl.allocate_shared_memory(gl.int64, [7, 1], bars)
+    empty = gl.allocate_shared_memory(gl.int64, [7, 1], bars)
     _init(still, full, empty, done)
+    heads, slots = gl.to_tensor(H), gl.to_tensor(K)  # a 1 would be a constant, which does not survive in a tuple
     use = (
-        ids_ptr, out_ptr + n * H * VALUE, lse_ptr + n * H, H, K, tiles, scale * LOG2E,
+        ids_ptr, out_ptr + n * H * VALUE, lse_ptr + n * H, heads, slots, tiles, scale * LOG2E,
         q, q_t, k, k_t, p, stat, still, full, empty, done,
     )  # fmt: skip
-    load = (q_ptr + n * H * WIDTH, kv_ptr, kv_stride, ids_ptr, H, K, tiles, q, q_t, k, k_t, still, full, empty)
+    load = (q_ptr + n * H * WIDTH, kv_ptr, kv_stride, ids_ptr, heads, slots, tiles, q, q_t, k, k_t, still, full, empty)
     gl.warp_specialize([(_attend_even, use), (_attend_odd, use), (_produce, load)], [4, 4], REGISTERS)
 
 
@@ -262,11 +273,11 @@ def _produce_twice(
     _load_heads(g.index(1), grad_ptr + head * VALUE, HALF, (head < H)[:, None])
     async_copy.mbarrier_arrive(still, increment_count=False)
     for i in range(tiles):
-        row_ptr = kv_ptr + ids * kv_stride
+        row_ptr = kv_ptr + gl.maximum(ids, 0).to(gl.int64) * kv_stride
         ids = _load_ids(ids_ptr, i + 1, K)
-        _refill(i, k.index(i % 2), row_ptr, full, empty, 0)
-        _refill(i, k.index(2 + i % 2), row_ptr, full, empty, 1)
-        _refill(i, k_t.index(i % 2), row_ptr, full, empty, ROPE_GROUP)
+        _refill(i, k.index(i % 2), i % 2, row_ptr, 0, full, empty, 2)
+        _refill(i, k.index(2 + i % 2), RIGHT_BAR + i % 2, row_ptr, HALF, full, empty, 2)
+        _refill(i, k_t.index(i % 2), ROPE_BAR + i % 2, row_ptr, VALUE, full, empty, 2)
 
 
 @gluon.jit
@@ -293,15 +304,15 @@ def _differentiate(
         k_l = k.index(stage)
         k_r = k.index(2 + stage)
         ids = gl.load(ids_ptr + i * KEYS + slot, mask=i * KEYS + slot < K, other=-1)
-        _await(i, full, 0)
+        _await(i, WHICH, full, 2)
         score = warpgroup_mma(k_l, q.index(first).permute((1, 0)), none, use_acc=False, is_async=True)
         dprob = warpgroup_mma(k_l, g.index(first).permute((1, 0)), none, use_acc=False, is_async=True)
         score, dprob = warpgroup_mma_wait(0, deps=[score, dprob])
-        _await(i, full, 1)
+        _await(i, RIGHT_BAR + WHICH, full, 2)
         score = warpgroup_mma(k_r, q.index(first + 1).permute((1, 0)), score, is_async=True)
         dprob = warpgroup_mma(k_r, g.index(first + 1).permute((1, 0)), dprob, is_async=True)
         score, dprob = warpgroup_mma_wait(0, deps=[score, dprob])
-        _await(i, full, ROPE_GROUP)
+        _await(i, ROPE_BAR + WHICH, full, 2)
         score = warpgroup_mma(k_t.index(stage), q_t.index(first).permute((1, 0)), score)
         lse = gl.load(lse_ptr + head, mask=head < H, other=float("inf"))
         lse = gl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
@@ -318,7 +329,7 @@ def _differentiate(
         dq_l, dq_r, dq_t = warpgroup_mma_wait(2, deps=[dq_l, dq_r, dq_t])
         mbarrier.arrive(empty.index(WHICH))
         dq_l, dq_r, dq_t = warpgroup_mma_wait(0, deps=[dq_l, dq_r, dq_t])
-        mbarrier.arrive(empty.index(2 + WHICH))
+        mbarrier.arrive(empty.index(RIGHT_BAR + WHICH))
         first = _opaque(0)
         tail = k_t.index(first + i % 2)
         dscore = gl.convert_layout(dscore, operand)
@@ -332,21 +343,21 @@ def _differentiate(
         row = warpgroup_mma(dscore, q_t.index(first), no_row, use_acc=False)
         _store_piece(row, tail, row_ptr, VALUE, K - i * KEYS)
         barrier()
-        mbarrier.arrive(empty.index(2 * ROPE_GROUP + WHICH))
+        mbarrier.arrive(empty.index(ROPE_BAR + WHICH))
         row_ptr += 2 * KEYS * WIDTH
     if WHICH == 0:
         kept, given = dq_l, dq_r
     else:
         kept, given = dq_r, dq_l
-        k_t.index(WHICH)._reinterpret(gl.float32, [ROPE, BLOCK_H], FLAT).store(dq_t)
-    k.index(2 - WHICH)._reinterpret(gl.float32, [HALF, BLOCK_H], FLAT).store(given)
+        _floats(k_t.index(WHICH), ROPE, BLOCK_H).store(dq_t)
+    _floats(k.index(WHICH), HALF, BLOCK_H).store(given)
     barrier()
     mbarrier.arrive(done)
     mbarrier.wait(done, 0)
-    kept += k.index(1 + WHICH)._reinterpret(gl.float32, [HALF, BLOCK_H], FLAT).load(layout)
+    kept += _floats(k.index(1 - WHICH), HALF, BLOCK_H).load(layout)
     _store_heads(kept, q.index(WHICH), dq_ptr + WHICH * HALF, WIDTH, H)
     if WHICH == 0:
-        dq_t += k_t.index(1)._reinterpret(gl.float32, [ROPE, BLOCK_H], FLAT).load(layout)
+        dq_t += _floats(k_t.index(1), ROPE, BLOCK_H).load(layout)
         _store_heads(dq_t, q_t.index(0), dq_ptr + VALUE, WIDTH, H)
 
 
@@ -393,12 +404,13 @@ def _gradient_kernel(
     full = gl.allocate_shared_memory(gl.int64, [6, 1], bars)
     empty = gl.allocate_shared_memory(gl.int64, [6, 1], bars)
     _init(still, full, empty, done)
+    heads, slots = gl.to_tensor(H), gl.to_tensor(K)  # a 1 would be a constant, which does not survive in a tuple
     use = (
         ids_ptr, lse_ptr + n * H, delta_ptr + n * H, dq_ptr + n * H * WIDTH, row_ptr + n * K * WIDTH,
-        H, K, tiles, scale, q, q_t, g, k, k_t, ds, still, full, empty, done,
+        heads, slots, tiles, scale, q, q_t, g, k, k_t, ds, still, full, empty, done,
     )  # fmt: skip
     load = (
-        q_ptr + n * H * WIDTH, grad_ptr + n * H * VALUE, kv_ptr, kv_stride, ids_ptr, H, K, tiles,
+        q_ptr + n * H * WIDTH, grad_ptr + n * H * VALUE, kv_ptr, kv_stride, ids_ptr, heads, slots, tiles,
         q, q_t, g, k, k_t, still, full, empty,
     )  # fmt: skip
     gl.warp_specialize(

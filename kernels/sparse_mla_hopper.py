@@ -166,6 +166,7 @@ def _forward_kernel(
     out_ptr += (n * H + first_head) * (2 * HALF)
     lse_ptr += n * H + first_head
     ids_ptr += n * K
+    K = gl.to_tensor(K)  # 1 would be a constant, which no partition takes
     tiles = _tiles(ids_ptr, K, K_PADDED)
 
     wide: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HEADS, HALF], dtype)
@@ -386,6 +387,7 @@ def _gradient_kernel(
     width: gl.constexpr = 2 * HALF + ROPE
     dtype: gl.constexpr = q_ptr.dtype.element_ty
     ids_ptr += n * K
+    K = gl.to_tensor(K)
     tiles = gl.maximum(_tiles(ids_ptr, K, K_PADDED) * (KEYS // FEW), 1)  # a query without keys gets zeros
 
     wide: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HEADS, HALF], dtype)
@@ -531,6 +533,7 @@ def _row_kernel(
     n = (gl.program_id(0) // parts).to(gl.int64)
     part = gl.program_id(0) % parts
     column = part * 2 * WIDTH
+    K = gl.to_tensor(K)
     tiles = _tiles(ids_ptr + n * K, K, K_PADDED)
     dtype: gl.constexpr = q_ptr.dtype.element_ty
     wide: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_H, WIDTH], dtype)
