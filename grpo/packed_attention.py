@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from trimtab.grpo.attention import Attend, Index, Latents
 from trimtab.kernels import reference
@@ -20,9 +21,12 @@ from trimtab.kernels.indexer_kl import dense_indexer_kl, sparse_prob
 from trimtab.kernels.masked_mha import masked_mha
 from trimtab.kernels.sparse_mla import sparse_mla
 
-SPARSE_FROM_TIMES_TOPK = 6
-"""Longer sequences use the sparse form: it needs 1088 multiplications for a head and a selected key, the masked form
-320 for a head and an earlier token."""
+SPARSE_FROM_TIMES_TOPK = 5
+"""Longer sequences use the sparse form. Measured on one H200, forward and backward, with 128 heads and 2048 selected
+keys: it is faster above 4.7 times as many tokens as keys (benchmarks/kernels.py crossover)."""
+QUERIES_AT_ONCE = 16384
+"""More queries attend in parts, each computed again in the backward pass: a sixth of the time for most of the memory,
+because absorbed queries and outputs are 576 and 512 wide for each head."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,8 @@ def attend_masked(
         return out_NHV, None
     if ids_NK is not None:
         with torch.no_grad():
-            q_NHC, row_NC, _ = _absorb(m, latents)
+            q_NHC, _ = _absorb(m, q_NHD)
+            row_NC = torch.cat([latent_NC, k_rope_NR], -1)
         return out_NHV, _selected_kl(index, q_NHC, row_NC, ids_NK, lse_NH, m.scaling)
     kl_N = dense_indexer_kl(*index, q_NHD.detach(), k_NHD.detach(), lse_NH, span.start_N, span.end_N, scale=m.scaling)
     return out_NHV, kl_N
@@ -100,12 +105,26 @@ def attend_selected(
     """MLA absorbed into multi-query attention over the selected rows: time grows with length times topk."""
     if index is None or topk >= span.T:
         return attend_masked(mla, latents, index, span, topk, with_kl)
-    m: Any = mla
-    q_NHC, row_NC, w_uv = _absorb(m, latents)
     ids_NK = _select(index, span, topk)
-    out_NHC, lse_NH = sparse_mla(q_NHC, row_NC, ids_NK, m.kv_lora_rank, m.scaling)
-    kl_N = _selected_kl(index, q_NHC.detach(), row_NC.detach(), ids_NK, lse_NH, m.scaling) if with_kl else None
-    return torch.einsum("nhc,hvc->nhv", out_NHC, w_uv), kl_N
+    q_NHD, latent_NC, k_rope_NR = latents
+    row_NC = torch.cat([latent_NC, k_rope_NR], -1)
+    if len(q_NHD) <= QUERIES_AT_ONCE:
+        return _attend_rows(mla, q_NHD, row_NC, index, ids_NK, with_kl)
+    shared = row_NC.float(), index.k_BTD.float()  # float32: what the parts add to their gradients is not rounded
+    parts = zip(*(x.split(QUERIES_AT_ONCE) for x in (q_NHD, index.q_BTHD, index.w_BTH, ids_NK)), strict=True)
+    results = [
+        checkpoint(
+            lambda q, row, index_q, index_k, index_w, ids: _attend_rows(
+                mla, q, row.to(q.dtype), Index(index_q, index_k.to(index_q.dtype), index_w), ids, with_kl
+            ),
+            *(q, shared[0], index_q, shared[1], index_w, ids),
+            use_reentrant=False,
+            preserve_rng_state=False,
+        )
+        for q, index_q, index_w, ids in parts
+    ]
+    outs, kls = zip(*results, strict=True)
+    return torch.cat(outs), torch.cat(kls) if with_kl else None
 
 
 def choose_attend(T: int, topk: int) -> Attend:
@@ -118,12 +137,22 @@ def _select(index: Index, span: Span, topk: int) -> Tensor:
     return index_topk(q_NHD, k_ND, w_NH, span.start_N, span.end_N, topk)
 
 
-def _absorb(m: Any, latents: Latents) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries and rows in latent form, and the projection of values [H, V, C]."""
+def _attend_rows(
+    mla: nn.Module, q_NHD: Tensor, row_MC: Tensor, index: Index, ids_NK: Tensor, with_kl: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Values [N, H, V] and KL of some queries over rows of the whole span."""
+    m: Any = mla
+    q_NHC, w_uv = _absorb(m, q_NHD)
+    out_NHC, lse_NH = sparse_mla(q_NHC, row_MC, ids_NK, m.kv_lora_rank, m.scaling)
+    kl_N = _selected_kl(index, q_NHC.detach(), row_MC.detach(), ids_NK, lse_NH, m.scaling) if with_kl else None
+    return torch.einsum("nhc,hvc->nhv", out_NHC, w_uv), kl_N
+
+
+def _absorb(m: Any, q_NHD: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries in latent form [N, H, C + R], and the projection of values [H, V, C]."""
     w_uk, w_uv = m.kv_b_proj.weight.unflatten(0, (m.num_heads, -1)).split([m.qk_nope_head_dim, m.v_head_dim], 1)
-    q_nope, q_rope = latents.q_BTHD.split([m.qk_nope_head_dim, m.qk_rope_head_dim], -1)
-    q_NHC = torch.cat([torch.einsum("nhd,hdc->nhc", q_nope, w_uk), q_rope], -1)
-    return q_NHC, torch.cat([latents.latent_BTC, latents.k_rope_BTR], -1), w_uv
+    q_nope, q_rope = q_NHD.split([m.qk_nope_head_dim, m.qk_rope_head_dim], -1)
+    return torch.cat([torch.einsum("nhd,hdc->nhc", q_nope, w_uk), q_rope], -1), w_uv
 
 
 def _selected_kl(index: Index, q_NHC: Tensor, row_NC: Tensor, ids_NK: Tensor, lse_NH: Tensor, scale: float) -> Tensor:

@@ -53,9 +53,13 @@ def _run(model, *, packed: bool, form: str | None = None, **options) -> tuple[Po
         ("masked", {"with_indexer_kl": True}),
         ("masked", {"with_indexer_kl": True, "dense_attention": True}),
         ("selected", {"with_indexer_kl": True, "checkpointing": True}),
+        ("selected", {"with_indexer_kl": True, "parts": True}),
     ],
 )
-def test_triton_forms_equal_plain_pytorch_in_outputs_and_gradients(model, form, options):
+def test_triton_forms_equal_plain_pytorch_in_outputs_and_gradients(model, form, options, monkeypatch):
+    options = dict(options)
+    if options.pop("parts", False):
+        monkeypatch.setattr(packed_attention, "QUERIES_AT_ONCE", 12)
     expected, expected_gradients = _run(model, packed=False, **options)
     ours, gradients = _run(model, packed=True, form=form, **options)
     torch.testing.assert_close(ours.hidden_ND, expected.hidden_ND, rtol=1e-4, atol=1e-5)
