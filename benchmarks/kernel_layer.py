@@ -14,7 +14,7 @@ from trimtab.grpo.attention import sparse_attention
 
 LENGTHS = (8 << 10, 32 << 10, 64 << 10, 128 << 10)
 REPEATED_UP_TO = 32 << 10
-"""Longer sequences take seconds: they run once, with kernels that shorter ones have compiled."""
+"""Longer sequences take seconds: they are timed once, after one run that fills the allocator."""
 VARIANTS = {"dense": (True, False), "DSA": (False, False), "DSA with indexer KL": (False, True)}
 """Dense attention, indexer KL."""
 
@@ -92,14 +92,10 @@ def layer(table: Table) -> None:
         for name, (dense, with_kl) in VARIANTS.items():
             with table.attempt(f"layer, {name}, N = {N}"):
                 step = step_of(mla, rotary_embedding, N, dense=dense, with_kl=with_kl)
-                times = []
-                if N <= REPEATED_UP_TO:
-                    step()
-                    times = [elapsed_ms(step) for _ in range(3)]
-                    mla.zero_grad(set_to_none=True)
-                    extra, _ = peak_gib(step)
-                else:
-                    extra, _ = peak_gib(lambda step=step, times=times: times.append(elapsed_ms(step)))
+                step()
+                times = [elapsed_ms(step) for _ in range(3 if N <= REPEATED_UP_TO else 1)]
+                mla.zero_grad(set_to_none=True)
+                extra, _ = peak_gib(step)
                 flops = least_flops(mla, N, topk, dense=dense, with_kl=with_kl)
                 table.add(Row("layer", name, {"N": N}, median(times), flops, 0.0, extra_gib=extra))
             step = None  # its tensors, before the next is built

@@ -6,7 +6,6 @@ columns, each refilled as soon as no product needs it: the halves of the value p
 consumers have summed over their tiles is added at the end, one half of the columns by each.
 """
 
-import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -18,17 +17,24 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from trimtab.kernels.sparse_mla_hopper import _gather, _padded, _store_piece, _tiles, barrier
+from trimtab.kernels.hopper import (
+    HALF,
+    KEYS,
+    LOG2E,
+    PRODUCER_THREADS,
+    ROPE,
+    barrier,
+    fits,
+    gather_rows,
+    padded,
+    store_piece,
+    used_tiles,
+)
 
 descriptor = gl.shared_memory_descriptor
 reinterpret = getattr(descriptor, "reinterpret", None) or descriptor._reinterpret  # the older name
-KEYS = gl.constexpr(64)
-HALF = gl.constexpr(256)
 VALUE = gl.constexpr(512)
-ROPE = gl.constexpr(64)
 WIDTH = gl.constexpr(576)
-LOG2E = gl.constexpr(1.4426950408889634)
-PRODUCER_THREADS = gl.constexpr(128)
 ROPE_BAR = gl.constexpr(2)  # barriers 0 and 1 are those of left halves
 RIGHT_BAR = gl.constexpr(4)
 REGISTERS = gl.constexpr([224, 56])
@@ -39,7 +45,7 @@ FLAT = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
 @gluon.jit
 def _load_heads(smem, row_ptr, column, real):
     COLUMNS: gl.constexpr = smem.shape[1]
-    _gather(smem, row_ptr, column, real, COPY_LAYOUT, COLUMNS)
+    gather_rows(smem, row_ptr, column, real, COPY_LAYOUT, COLUMNS)
 
 
 @gluon.jit
@@ -53,7 +59,7 @@ def _refill(i, smem, bar, row_ptr, column, full, empty, SLOTS: gl.constexpr):
     """Some columns of tile i, into one of SLOTS buffers."""
     COLUMNS: gl.constexpr = smem.shape[1]
     mbarrier.wait(empty.index(bar), ((i // SLOTS) & 1) ^ 1)
-    _gather(smem, row_ptr, column, None, COPY_LAYOUT, COLUMNS)
+    gather_rows(smem, row_ptr, column, None, COPY_LAYOUT, COLUMNS)
     async_copy.mbarrier_arrive(full.index(bar), increment_count=False)
 
 
@@ -210,7 +216,7 @@ def _forward_kernel(
 ):  # fmt: skip
     n = gl.program_id(0).to(gl.int64)
     ids_ptr += n * K
-    tiles = _tiles(ids_ptr, K, K_PADDED)
+    tiles = used_tiles(ids_ptr, K, K_PADDED)
     dtype: gl.constexpr = q_ptr.dtype.element_ty
     wide: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_H, HALF], dtype)
     narrow: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_H, ROPE], dtype)
@@ -236,15 +242,8 @@ def _forward_kernel(
 
 
 def supported(q_NHC: Tensor, kv_MC: Tensor, value_dim: int) -> bool:
-    """Whether these kernels can run: a Hopper GPU, aligned 16-bit rows of 512 + 64, at most 32 heads."""
-    return (
-        torch.version.hip is None
-        and torch.cuda.get_device_capability(q_NHC.device)[0] == 9
-        and q_NHC.element_size() == 2
-        and (q_NHC.shape[-1], value_dim) == (576, 512)
-        and kv_MC.stride(0) % 16 == kv_MC.data_ptr() % 16 == 0
-        and 0 < q_NHC.shape[1] <= 32
-    )
+    """Whether these kernels can run, with at most 32 heads."""
+    return fits(q_NHC, kv_MC, value_dim) and q_NHC.shape[1] <= 32
 
 
 def _block(H: int) -> int:
@@ -255,7 +254,7 @@ def forward(q_NHC: Tensor, kv_MC: Tensor, ids_NK: Tensor, scale: float, out_NHV:
     """Write O and lse of reference.sparse_mla."""
     (N, H, _), K = q_NHC.shape, ids_NK.shape[1]
     _forward_kernel[(N,)](
-        q_NHC, kv_MC, kv_MC.stride(0), ids_NK, out_NHV, lse_NH, H, K, scale, _padded(K), _block(H), num_warps=4,
+        q_NHC, kv_MC, kv_MC.stride(0), ids_NK, out_NHV, lse_NH, H, K, scale, padded(K), _block(H), num_warps=4,
     )  # fmt: skip
 
 
@@ -339,9 +338,9 @@ def _differentiate(
             g_part = g.index(first + c * ROPE // HALF).slice(c * ROPE % HALF, ROPE, dim=1)
             row = warpgroup_mma(dscore, q_part, no_row, use_acc=False)
             row = warpgroup_mma(prob, g_part, row)
-            _store_piece(row, tail, row_ptr, c * ROPE, K - i * KEYS)
+            store_piece(row, tail, row_ptr, c * ROPE, K - i * KEYS)
         row = warpgroup_mma(dscore, q_t.index(first), no_row, use_acc=False)
-        _store_piece(row, tail, row_ptr, VALUE, K - i * KEYS)
+        store_piece(row, tail, row_ptr, VALUE, K - i * KEYS)
         barrier()
         mbarrier.arrive(empty.index(ROPE_BAR + WHICH))
         row_ptr += 2 * KEYS * WIDTH
@@ -388,7 +387,7 @@ def _gradient_kernel(
 ):  # fmt: skip
     n = gl.program_id(0).to(gl.int64)
     ids_ptr += n * K
-    tiles = _tiles(ids_ptr, K, K_PADDED)
+    tiles = used_tiles(ids_ptr, K, K_PADDED)
     dtype: gl.constexpr = q_ptr.dtype.element_ty
     wide: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_H, HALF], dtype)
     narrow: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_H, ROPE], dtype)
@@ -432,5 +431,5 @@ def gradients(
     (N, H, _), K = q_NHC.shape, ids_NK.shape[1]
     _gradient_kernel[(N,)](
         q_NHC, kv_MC, kv_MC.stride(0), ids_NK, grad_NHV, lse_NH, delta_NH, dq_NHC, row_EC, H, K, scale,
-        _padded(K), _block(H), num_warps=4,
+        padded(K), _block(H), num_warps=4,
     )  # fmt: skip
