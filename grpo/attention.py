@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,19 +28,30 @@ keys: below, its gathers cost up to twice the dense form; at 2048 tokens it is 1
 
 
 @dataclass(frozen=True)
-class Block:
-    """Neighbouring sequences of similar length, attended to as one rectangle [B, T]."""
+class Part:
+    """Neighbouring sequences of a pack that are attended to in one go, in the form that attention wants them."""
 
     lengths: tuple[int, ...]
     device: torch.device
 
     @property
     def T(self) -> int:
+        """Length of the longest."""
         return max(self.lengths)
 
     @property
     def tokens(self) -> int:
         return sum(self.lengths)
+
+    def pad(self, x_N: Tensor) -> Tensor:
+        return x_N
+
+    def unpad(self, x: Tensor) -> Tensor:
+        return x
+
+
+class Block(Part):
+    """Sequences of similar length as one rectangle [B, T]."""
 
     @cached_property
     def place_N(self) -> Tensor:
@@ -102,8 +113,8 @@ class _Unpad(torch.autograd.Function):
         return padded.index_copy_(0, ctx.saved_tensors[0], grad), None
 
 
-def blocks_of(cu_seqlens: Tensor) -> list[Block]:
-    """Cut a pack into blocks, in order. Sequences sorted by length pad least.
+def lengths_of(cu_seqlens: Tensor) -> list[int]:
+    """Tokens of each sequence.
 
     Raises:
         ValueError: cu_seqlens does not start at 0 or an entry is not above the one before.
@@ -112,8 +123,13 @@ def blocks_of(cu_seqlens: Tensor) -> list[Block]:
     lengths = [end - start for start, end in pairwise(offsets)]
     if offsets[:1] != [0] or not lengths or min(lengths) < 1:
         raise ValueError(f"cu_seqlens must start at 0 and rise with every sequence, got {offsets}")
+    return lengths
+
+
+def blocks_of(cu_seqlens: Tensor) -> list[Block]:
+    """Cut a pack into blocks, in order. Sequences sorted by length pad least. Raises what lengths_of does."""
     groups: list[list[int]] = [[]]
-    for length in lengths:
+    for length in lengths_of(cu_seqlens):
         group = [*groups[-1], length]
         rows = len(group) * max(group)
         if groups[-1] and (rows > MAX_PADDING * sum(group) or rows * max(group) > MAX_PAIRS):
@@ -177,23 +193,6 @@ class Latents(NamedTuple):
     q_BTHD: Tensor
     latent_BTC: Tensor
     k_rope_BTR: Tensor
-
-
-class Part(Protocol):
-    """Neighbouring sequences of a pack that are attended to in one go."""
-
-    @property
-    def T(self) -> int:
-        """Length of the longest."""
-
-    @property
-    def tokens(self) -> int: ...
-
-    def pad(self, x_N: Tensor) -> Tensor:
-        """Into the shape that attention wants."""
-
-    def unpad(self, x: Tensor) -> Tensor:
-        """Back to [N, ...]."""
 
 
 Attend = Callable[[nn.Module, Latents, Index | None, Any, int, bool], tuple[Tensor, Tensor | None]]

@@ -5,16 +5,15 @@ width, C = latent width, R = rotary width, V = value width, K = selected keys.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby, pairwise
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from trimtab.grpo.attention import Attend, Index, Latents
+from trimtab.grpo.attention import Attend, Index, Latents, Part, lengths_of
 from trimtab.kernels import reference
 from trimtab.kernels.indexer import index_topk, selected_scores
 from trimtab.kernels.indexer_kl import dense_indexer_kl, sparse_prob
@@ -29,20 +28,8 @@ QUERIES_AT_ONCE = 16384
 because absorbed queries and outputs are 576 and 512 wide for each head."""
 
 
-@dataclass(frozen=True)
-class Span:
-    """Neighbouring sequences that are attended to in one form."""
-
-    lengths: tuple[int, ...]
-    device: torch.device
-
-    @property
-    def T(self) -> int:
-        return max(self.lengths)
-
-    @property
-    def tokens(self) -> int:
-        return sum(self.lengths)
+class Span(Part):
+    """Sequences that are attended to in one form, one after another."""
 
     @cached_property
     def start_N(self) -> Tensor:
@@ -55,24 +42,10 @@ class Span:
         """The key after the last that each query sees."""
         return torch.arange(1, self.tokens + 1, dtype=torch.int32, device=self.device)
 
-    def pad(self, x_N: Tensor) -> Tensor:
-        return x_N
-
-    def unpad(self, x_N: Tensor) -> Tensor:
-        return x_N
-
 
 def spans_of(cu_seqlens: Tensor, topk: int, choose: Callable[[int, int], Attend]) -> list[Span]:
-    """Cut a pack where the form of attention changes.
-
-    Raises:
-        ValueError: cu_seqlens does not start at 0 or an entry is not above the one before.
-    """
-    offsets = cu_seqlens.tolist()
-    lengths = [end - start for start, end in pairwise(offsets)]
-    if offsets[:1] != [0] or not lengths or min(lengths) < 1:
-        raise ValueError(f"cu_seqlens must start at 0 and rise with every sequence, got {offsets}")
-    runs = groupby(lengths, key=lambda length: choose(length, topk))
+    """Cut a pack where the form of attention changes. Raises what lengths_of does."""
+    runs = groupby(lengths_of(cu_seqlens), key=lambda length: choose(length, topk))
     return [Span(tuple(run), cu_seqlens.device) for _, run in runs]
 
 
