@@ -49,7 +49,6 @@ def _run(model, *, packed: bool, form: str | None = None, **options) -> tuple[Po
     ("form", "options"),
     [
         ("masked", {}),
-        ("selected", {}),
         ("masked", {"with_indexer_kl": True}),
         ("masked", {"with_indexer_kl": True, "dense_attention": True}),
         ("selected", {"with_indexer_kl": True, "checkpointing": True}),
