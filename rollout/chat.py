@@ -225,7 +225,10 @@ def _load_json(text: str) -> Any:
     def refuse(constant: str) -> NoReturn:
         raise ValueError(f"{constant} is not JSON")
 
-    return json.loads(text, parse_constant=refuse)
+    try:
+        return json.loads(text, parse_constant=refuse)
+    except RecursionError as error:  # the policy wrote it: a malformed call, not the end of the run
+        raise ValueError(f"JSON nested too deep: {text[:80]!r}") from error
 
 
 class Conversation:

@@ -18,7 +18,7 @@ MAY_IMPORT = {
 DOORS = {  # the only places through which a heavy dependency enters; a folder ends in a slash
     "ray": {"rollout/pool.py"},
     "vllm": {f"rollout/{name}.py" for name in ("dsa_model", "engine", "plugin", "recording", "weights")},
-    "transformers": {"rollout/chat.py", "rollout/dsa_model.py"}
+    "transformers": {"rollout/chat.py", "rollout/dsa_model.py", "rollout/template.py"}
     | {f"grpo/{name}.py" for name in ("cold_start", "policy", "tokenizer")},
     "triton": {"kernels/"},
     "torch": {"kernels/", "grpo/"}

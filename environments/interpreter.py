@@ -1,0 +1,343 @@
+"""A code interpreter: a Jupyter kernel in a sandbox, as a tool for the policy, and questions to answer with it."""
+
+import asyncio
+import os
+import re
+import shutil
+import signal
+import sys
+import weakref
+from asyncio.subprocess import Process
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import zmq
+import zmq.asyncio
+from jupyter_client.asynchronous.client import AsyncKernelClient
+from jupyter_client.connect import write_connection_file
+
+from trimtab.environments.base import Message, Step, ToolCall, VoidEpisode
+from trimtab.rewards.sandbox import Limits, launch, scratch, watch
+
+KERNEL_LIMITS = Limits(cpu_seconds=3600, memory_mb=2048, file_mb=256, wall_seconds=120.0)
+"""Limits of a kernel: wall_seconds and output_bytes are of one execution, the others of the kernel's life."""
+START_SECONDS = 120.0
+"""Time for a kernel to answer, at most; it takes about a second on a quiet machine."""
+MAX_MESSAGE = 16 * 2**20
+"""Bytes of one message of the kernel, at most; a larger one is not read, and the kernel is stopped."""
+TRACEBACK_LINES = 16
+"""Lines of a traceback that the policy sees, at most."""
+
+_LOST = "The kernel was stopped and all variables are lost; the next execution starts a new one."
+_COLOURS = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+_OPTIONS = ("--InteractiveShell.xmode=Plain", "--InteractiveShell.colors=NoColor", "--HistoryManager.enabled=False")
+
+
+class KernelError(Exception):
+    """A kernel did not start: the interpreter is broken, and nothing can be said about the code."""
+
+
+class Interpreter:
+    """The tool "python": runs code in a kernel that keeps its variables from call to call.
+
+    The kernel starts with the first execution. Whatever the code does comes back as text: its output, the value of its
+    last line, its traceback, or why the kernel was stopped. Use it in `async with`, or await close() at the end.
+    """
+
+    name = "python"
+    parameters: Mapping[str, Any] = {
+        "type": "object",
+        "properties": {"code": {"type": "string"}},
+        "required": ["code"],
+    }
+
+    def __init__(self, *, executions: int = 20, characters: int = 8000, limits: Limits = KERNEL_LIMITS) -> None:
+        """executions and the characters of one result are at most so many."""
+        if executions < 1 or characters < 1:
+            raise ValueError(f"executions and characters must be at least 1, got {executions} and {characters}")
+        self._executions = executions
+        self._characters = characters
+        self._limits = limits
+        self._used = 0
+        self._kernel: _Kernel | None = None
+        self._stack = AsyncExitStack()
+        self._one_at_a_time = asyncio.Lock()
+        self._closed = False
+        self._abandoned: weakref.finalize | None = None
+
+    @property
+    def description(self) -> str:
+        """What the policy is told about the tool."""
+        return (
+            "Run Python code in a Jupyter kernel and read what it prints and the value of its last line. Variables "
+            f"stay until the kernel is stopped. At most {self._executions} executions of {self._limits.wall_seconds:g} "
+            "seconds each; no network."
+        )
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def call(self, call: ToolCall) -> str:
+        """The result of a call, or "error: ..." when the name or the arguments are wrong.
+
+        Raises:
+            KernelError: the kernel did not start.
+        """
+        code = call.arguments.get("code")
+        if call.name != self.name:
+            return f"error: no tool {call.name}"
+        if set(call.arguments) != {"code"} or not isinstance(code, str):
+            return "error: python takes code, a string"
+        return await self.execute(code)
+
+    async def execute(self, code: str) -> str:
+        """Run code and return its text, shortened with a notice where it is long.
+
+        Raises:
+            KernelError: the kernel did not start.
+            ValueError: the interpreter is closed.
+        """
+        async with self._one_at_a_time:
+            if self._closed:
+                raise ValueError("the interpreter is closed: make a new one for each episode")
+            if self._used == self._executions:
+                return f"error: all {self._executions} executions are used up; answer without the tool"
+            self._used += 1
+            if self._kernel is None:
+                await self._start()
+            assert self._kernel is not None
+            pieces: list[str] = []
+            try:
+                stopped = await self._kernel.execute(code, pieces, self._limits)
+            except BaseException:  # also when cancelled: a kernel in the middle of something cannot be used again
+                await self._stop()
+                raise
+            text = _shorten("".join(pieces).strip("\n"), self._characters)
+            if not stopped:
+                return text or "(no output)"
+            await self._stop()
+            return f"{text}\nerror: {stopped}. {_LOST}".lstrip("\n")
+
+    async def close(self) -> None:
+        """Kill the kernel and remove its files; may be called again, and while code is running."""
+        self._closed = True
+        await self._stop()
+
+    async def _start(self) -> None:
+        try:
+            self._kernel = await self._stack.enter_async_context(_running_kernel(self._limits))
+        except (OSError, zmq.ZMQError) as error:
+            raise KernelError(f"the kernel did not start: {error}") from error
+        if self._closed:
+            await self._stop()
+            raise ValueError("the interpreter was closed while its kernel started")
+        # for an interpreter that is dropped without close()
+        self._abandoned = weakref.finalize(self, _abandon, self._kernel.process.pid, self._kernel.folder)
+
+    async def _stop(self) -> None:
+        self._kernel = None
+        if self._abandoned is not None:
+            self._abandoned.detach()
+        await self._stack.aclose()
+
+
+class InterpreterEnv:
+    """A question that may be answered with the help of the interpreter; each turn calls the tool or answers.
+
+    reward takes the final answer's text and the true answer, and returns the named parts. The environment must be
+    closed when an episode ends before the answer: `async with`, or await close().
+    """
+
+    def __init__(
+        self,
+        prompt: str,
+        answer: str,
+        reward: Callable[[str, str], Mapping[str, float]],
+        interpreter: Interpreter,
+        *,
+        system: str = "",
+    ) -> None:
+        self._prompt = prompt
+        self._answer = answer
+        self._reward = reward
+        self._interpreter = interpreter
+        self._system = system
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def start(self) -> tuple[Message, ...]:
+        system = (Message("system", self._system),) if self._system else ()
+        return (*system, Message("user", self._prompt))
+
+    async def step(self, message: Message) -> Step:
+        """Run the calls in their order, or score the answer and close the interpreter.
+
+        Raises:
+            VoidEpisode: the kernel did not start.
+        """
+        if not message.tool_calls:
+            await self.close()
+            return Step(rewards=self._reward(message.content, self._answer), done=True)
+        try:
+            results = [await self._interpreter.call(call) for call in message.tool_calls]
+        except KernelError as error:
+            raise VoidEpisode(str(error)) from error
+        return Step(replies=tuple(Message("tool", result) for result in results))
+
+    async def close(self) -> None:
+        """Kill the kernel and remove its files; may be called again."""
+        await self._interpreter.close()
+
+
+@dataclass(frozen=True, slots=True)
+class _Kernel:
+    """A kernel that answers.
+
+    over ends when the kernel must not run on, and names the limit, or is empty when the kernel ended; cut ends when the
+    connection to its output is cut, which a message beyond MAX_MESSAGE does.
+    """
+
+    folder: Path
+    process: Process
+    client: AsyncKernelClient
+    over: asyncio.Task[str]
+    cut: asyncio.Future[Any]
+
+    async def execute(self, code: str, pieces: list[str], limits: Limits) -> str:
+        """Run code and put its output into pieces; return why the kernel must be stopped, or ""."""
+        request = self.client.execute(code, allow_stdin=False, store_history=False)
+        output = asyncio.create_task(self._output(request, pieces, limits.output_bytes))
+        ends = {output, self.over, self.cut}
+        try:
+            await asyncio.wait(ends, timeout=limits.wall_seconds, return_when=asyncio.FIRST_COMPLETED)
+            if output.done():
+                return output.result()
+            if self.cut.done():
+                await asyncio.wait({self.over}, timeout=0.5)  # the connection ends with the kernel, too
+            if self.over.done():
+                return _explain("" if self.over.cancelled() else self.over.result(), limits)
+            if self.cut.done():
+                return f"a piece of output of more than {MAX_MESSAGE} bytes"
+            return f"no end after {limits.wall_seconds:g} seconds"
+        finally:
+            output.cancel()
+
+    async def start(self) -> None:
+        """Wait until the kernel answers on all its channels: its first messages are lost until it has subscribed us."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + START_SECONDS
+        while loop.time() < deadline:
+            request = self.client.kernel_info()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(1.0):
+                    await self._output(request, [], 2**20)
+                    return
+            if self.over.done():
+                raise KernelError(f"the kernel ended at its start: {self.over.result() or self.process.returncode}")
+        raise KernelError(f"the kernel did not answer in {START_SECONDS:g} s")
+
+    async def _output(self, request: str, pieces: list[str], most: int) -> str:
+        """Gather the output of a request until the kernel is idle; return what is wrong with it, or ""."""
+        size = 0
+        while True:
+            try:
+                message = await self.client.get_iopub_msg()
+                if message["parent_header"].get("msg_id") != request:
+                    continue
+                kind, content = message["msg_type"], message["content"]
+                if kind == "status" and content["execution_state"] == "idle":
+                    return ""
+                pieces.append(_text(kind, content))
+            except (KeyError, TypeError, ValueError, AttributeError):  # the code may write to the kernel's sockets
+                return "the kernel's messages cannot be read"
+            size += len(pieces[-1].encode(errors="replace")) + 100  # a message costs time even without text
+            if size > most:
+                return f"more than {most} bytes of output"
+
+
+@asynccontextmanager
+async def _running_kernel(limits: Limits) -> AsyncIterator[_Kernel]:
+    """A kernel in a folder of its own, reached through sockets in that folder; nothing is left of it at the end."""
+    async with scratch() as folder:
+        file, _ = write_connection_file(
+            str(folder / "kernel.json"), transport="ipc", ip=str(folder / "k"), key=os.urandom(32).hex().encode()
+        )
+        argv = [sys.executable, "-m", "ipykernel_launcher", "-f", file, *_OPTIONS]
+        async with launch(argv, folder=folder, limits=limits) as process:
+            with ExitStack() as stack:
+                context = zmq.asyncio.Context()
+                stack.callback(context.destroy, linger=0)
+                context.MAXMSGSIZE = MAX_MESSAGE
+                client = AsyncKernelClient(context=context)
+                client.load_connection_file(file)
+                stack.callback(client.stop_channels)
+                client.start_channels(stdin=False, hb=False, control=False)
+                monitor = client.iopub_channel.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+                cut = asyncio.ensure_future(monitor.recv_multipart())
+                stack.callback(cut.cancel)
+                over = asyncio.create_task(_over(process, folder, limits))
+                stack.callback(over.cancel)
+                kernel = _Kernel(folder, process, client, over, cut)
+                await kernel.start()
+                yield kernel
+
+
+async def _over(process: Process, folder: Path, limits: Limits) -> str:
+    ended, watcher = asyncio.create_task(process.wait()), asyncio.create_task(watch(process, folder, limits))
+    try:
+        await asyncio.wait({ended, watcher}, return_when=asyncio.FIRST_COMPLETED)
+        return watcher.result() if watcher.done() else ""
+    finally:
+        ended.cancel()
+        watcher.cancel()
+
+
+def _abandon(pid: int, folder: Path) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _explain(exceeded: str, limits: Limits) -> str:
+    match exceeded:
+        case "memory_mb":
+            return f"more than {limits.memory_mb} MiB of memory"
+        case "processes":
+            return f"more than {limits.processes} processes"
+        case "file_mb":
+            return f"more than {limits.file_mb} MiB of files"
+    return "the code ended the kernel"
+
+
+def _text(kind: str, content: Mapping[str, Any]) -> str:
+    """What a message of the kernel shows to the policy; pictures and other media by their textual stand-ins."""
+    match kind:
+        case "stream":
+            return str(content["text"]).replace("\r\n", "\n")  # a terminal's line ends, of a command after "!"
+        case "execute_result" | "display_data":
+            return f"\n{content['data'].get('text/plain', '(no textual form)')}\n"
+        case "error":
+            return f"\n{_shorten_traceback(_COLOURS.sub('', chr(10).join(content['traceback'])))}\n"
+    return ""
+
+
+def _shorten_traceback(text: str) -> str:
+    """The first line and the last ones, which name the error."""
+    lines = text.splitlines()
+    left_out = len(lines) - TRACEBACK_LINES
+    return text if left_out <= 0 else "\n".join([lines[0], f"... {left_out} lines ...", *lines[left_out + 1 :]])
+
+
+def _shorten(text: str, most: int) -> str:
+    left_out = len(text) - most
+    return text if left_out <= 0 else f"{text[:most]}\n... (output truncated: {left_out} more characters)"

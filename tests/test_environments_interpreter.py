@@ -1,0 +1,256 @@
+import asyncio
+import gc
+import os
+import re
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from trimtab.environments.base import Message, ToolCall, VoidEpisode
+from trimtab.environments.interpreter import KERNEL_LIMITS, Interpreter, InterpreterEnv
+from trimtab.rewards.sandbox import isolation, mechanism
+
+
+@pytest.fixture(scope="module")
+def runner() -> Iterator[asyncio.Runner]:
+    with asyncio.Runner() as runner:
+        yield runner
+
+
+@pytest.fixture(scope="module")
+def execute(runner):
+    """Executes code in one kernel for the whole file."""
+    interpreter = Interpreter(executions=100, characters=500)
+    yield lambda code: runner.run(interpreter.execute(code))
+    runner.run(interpreter.close())
+
+
+@pytest.fixture
+def folders(monkeypatch) -> Iterator[Path]:
+    """Where the kernels of a test have their folders."""
+    with tempfile.TemporaryDirectory(prefix="t") as folder:
+        monkeypatch.setattr(tempfile, "tempdir", folder)
+        yield Path(folder)
+
+
+def running_in(folder: Path) -> list[int]:
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and str(folder).encode() in (entry / "cmdline").read_bytes():
+                found.append(int(entry.name))
+        except OSError:  # it ended meanwhile
+            continue
+    return found
+
+
+def nothing_left_in(folder: Path) -> bool:
+    """Whether processes and files of kernels are gone within 5 seconds."""
+    deadline = time.monotonic() + 5
+    while (running_in(folder) or list(folder.iterdir())) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not running_in(folder) and not list(folder.iterdir())
+
+
+def python(code: str) -> Message:
+    return Message("assistant", tool_calls=(ToolCall("python", {"code": code}),))
+
+
+def test_variables_stay_from_one_execution_to_the_next(execute):
+    assert execute("total = 6\ndef double(x): return 2 * x") == "(no output)"
+    assert execute("double(total)") == "12"
+
+
+def test_what_is_printed_and_the_last_value_are_shown_in_their_order(execute):
+    assert execute("print('one')\nimport sys; print('two', file=sys.stderr)\n3").split() == ["one", "two", "3"]
+
+
+def test_a_traceback_is_short_and_ends_with_the_error(execute):
+    assert execute("1 / 0").endswith("ZeroDivisionError: division by zero")
+    deep = execute("def down(n): return down(n + 1)\ndown(0)")
+    assert re.search(r"^\.\.\. \d+ lines \.\.\.$", deep, re.MULTILINE)
+    assert deep.endswith("RecursionError: maximum recursion depth exceeded")
+
+
+def test_syntax_that_is_none_is_an_error_too(execute):
+    assert "SyntaxError" in execute("def")
+
+
+def test_long_output_is_cut_with_a_notice(execute):
+    assert execute("print('x' * 1234)") == "x" * 500 + "\n... (output truncated: 734 more characters)"
+
+
+def test_asking_the_user_is_an_error_and_not_a_wait(execute):
+    assert "StdinNotImplementedError" in execute("input()")
+
+
+def test_a_shell_command_works_in_the_kernels_folder(execute):
+    assert execute("!echo one > file; cat file") == "one"
+
+
+def test_pictures_are_named(execute):
+    assert execute("%matplotlib inline\nimport matplotlib.pyplot as plt\nplt.plot([1, 2])\nplt.show()").startswith(
+        "<Fig"
+    )
+
+
+def test_output_of_an_earlier_execution_is_not_shown_as_that_of_a_later_one(execute):
+    execute("import threading, time\nthreading.Thread(target=lambda: (time.sleep(0.2), display('late'))).start()")
+    assert execute("time.sleep(0.5)\nprint('now')").splitlines()[-1] == "now"
+
+
+def test_the_kernel_is_in_the_sandbox(execute):
+    if not mechanism().namespaces:
+        pytest.skip(isolation())
+    assert "OSError" in execute("import socket; socket.create_connection(('192.0.2.1', 53), 1)")
+    assert "FileNotFoundError" in execute(f"open({__file__!r})")
+
+
+@pytest.mark.parametrize(
+    ("call", "answer"),
+    [
+        (ToolCall("calculate", {"code": "1"}), "error: no tool calculate"),
+        (ToolCall("python", {}), "error: python takes code, a string"),
+        (ToolCall("python", {"code": 1}), "error: python takes code, a string"),
+        (ToolCall("python", {"code": "1", "time": 2}), "error: python takes code, a string"),
+    ],
+)
+def test_a_wrong_call_is_answered_without_a_kernel(call, answer, folders):
+    async def play():
+        async with Interpreter(executions=1) as interpreter:
+            return await interpreter.call(call), list(folders.iterdir())
+
+    assert asyncio.run(play()) == (answer, [])
+
+
+def test_a_stopped_kernel_says_so_and_the_next_one_starts_afresh(folders):
+    limits = replace(KERNEL_LIMITS, wall_seconds=4.0)
+
+    async def play():
+        async with Interpreter(executions=4, limits=limits) as interpreter:
+            codes = ["kept = 1\nprint('begun')\nimport time; time.sleep(60)", "kept", "import os; os._exit(3)"]
+            texts = [await interpreter.execute(code) for code in codes]
+            assert nothing_left_in(folders)
+            return *texts, await interpreter.execute("while True: display('x' * 1000)"), await interpreter.execute("1")
+
+    late, afresh, gone, flood, over = asyncio.run(play())
+    lost = "The kernel was stopped and all variables are lost; the next execution starts a new one."
+    assert late == f"begun\nerror: no end after 4 seconds. {lost}"
+    assert afresh.endswith("NameError: name 'kept' is not defined")
+    assert gone == f"error: the code ended the kernel. {lost}"
+    assert "output truncated" in flood and flood.endswith(f"error: more than {2**20} bytes of output. {lost}")
+    assert over == "error: all 4 executions are used up; answer without the tool"
+
+
+@pytest.mark.parametrize("code", ["print('x' * 10**8)", "while True: print('x' * 10**6)"])
+def test_output_in_large_pieces_stops_the_kernel_at_once(code, folders):
+    async def play():
+        async with Interpreter() as interpreter:
+            return await interpreter.execute(code)
+
+    start = time.monotonic()
+    assert re.search(r"error: .*more than \d+ bytes", asyncio.run(play()))
+    assert time.monotonic() - start < 20
+    assert nothing_left_in(folders)
+
+
+def test_many_at_once_leave_no_process_file_or_descriptor_behind(folders):
+    def reward(content: str, answer: str) -> dict[str, float]:
+        return {"outcome": float(content == answer)}
+
+    async def play(number: int) -> tuple[str, float]:
+        env = InterpreterEnv(f"What is {number} squared?", str(number**2), reward, Interpreter())
+        async with env:
+            assert (await env.start())[-1] == Message("user", f"What is {number} squared?")
+            (reply,) = (await env.step(python(f"{number} ** 2"))).replies
+            assert reply.role == "tool"
+            step = await env.step(Message("assistant", reply.content))
+            assert step.done
+            return reply.content, step.rewards["outcome"]
+
+    async def all_of_them() -> list[tuple[str, float]]:
+        return await asyncio.gather(*(play(number) for number in range(3)))
+
+    before = len(os.listdir("/proc/self/fd"))
+    assert asyncio.run(all_of_them()) == [("0", 1.0), ("1", 1.0), ("4", 1.0)]
+    gc.collect()
+    assert nothing_left_in(folders)
+    assert len(os.listdir("/proc/self/fd")) <= before
+
+
+def test_an_execution_that_is_cancelled_takes_its_kernel_with_it(folders):
+    async def play():
+        interpreter = Interpreter()
+        await interpreter.execute("1")
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(interpreter.execute("import time; time.sleep(60)"), 0.5)
+        assert nothing_left_in(folders)
+
+    asyncio.run(play())
+
+
+def test_an_interpreter_that_is_dropped_takes_its_kernel_with_it(folders):
+    async def play():
+        await Interpreter().execute("1")
+        gc.collect()
+        assert nothing_left_in(folders)
+
+    asyncio.run(play())
+
+
+def test_a_kernel_that_cannot_start_voids_the_episode(folders):
+    limits = replace(KERNEL_LIMITS, memory_mb=40)
+    env = InterpreterEnv("?", "1", lambda content, answer: {}, Interpreter(limits=limits))
+
+    async def play():
+        async with env:
+            await env.step(python("1"))
+
+    with pytest.raises(VoidEpisode, match="kernel ended at its start"):
+        asyncio.run(play())
+    assert nothing_left_in(folders)
+
+
+def test_a_temporary_folder_with_too_long_a_path_for_sockets_voids_the_episode(folders, monkeypatch):
+    long = folders / ("long" * 30)
+    long.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    env = InterpreterEnv("?", "1", lambda content, answer: {}, Interpreter())
+    with pytest.raises(VoidEpisode, match="did not start"):
+        asyncio.run(env.step(python("1")))
+    assert nothing_left_in(long)
+
+
+def test_closing_while_code_runs_ends_both(folders):
+    async def play():
+        interpreter = Interpreter()
+        execution = asyncio.create_task(interpreter.execute("import time; time.sleep(60)"))
+        while not running_in(folders):
+            await asyncio.sleep(0.05)
+        await asyncio.sleep(2.0)
+        await interpreter.close()
+        assert "The kernel was stopped" in await execution
+        assert nothing_left_in(folders)
+
+    asyncio.run(play())
+
+
+def test_a_closed_interpreter_is_not_used_again():
+    async def play():
+        interpreter = Interpreter()
+        await interpreter.close()
+        await interpreter.close()
+        await interpreter.execute("1")
+
+    with pytest.raises(ValueError, match="make a new one"):
+        asyncio.run(play())
+
+
+@pytest.mark.parametrize("bad", [{"executions": 0}, {"characters": 0}])
+def test_an_interpreter_without_executions_or_characters_is_refused(bad):
+    with pytest.raises(ValueError, match="at least 1"):
+        Interpreter(**bad)

@@ -1,0 +1,335 @@
+"""Models with their own chat template: the rules of Qwen3's, written short, and templates that break them."""
+
+import asyncio
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import CORPUS
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from trimtab.environments.base import Message, Step, ToolCall
+from trimtab.rollout import play
+from trimtab.rollout.chat import MarkupError
+from trimtab.rollout.template import TemplateChat, TemplateConversation
+from trimtab.rollout.types import Completion, Request, Sampling
+
+SHOWN = "loop.index0 > last.user and (loop.last or m.reasoning_content)"
+TEMPLATE = """
+{%- set last = namespace(user=-1) %}
+{%- for m in messages %}{% if m.role == 'user' %}{% set last.user = loop.index0 %}{% endif %}{% endfor %}
+{%- for m in messages %}
+{%- if m.role == 'tool' %}
+{%- if messages[loop.index0 - 1].role != 'tool' %}{{ '<|im_start|>user' }}{% endif %}
+{{- '\\n<tool_response>\\n' + m.content + '\\n</tool_response>' }}
+{%- if loop.last or messages[loop.index0 + 1].role != 'tool' %}{{ '<|im_end|>\\n' }}{% endif %}
+{%- elif m.role == 'assistant' %}
+{{- '<|im_start|>assistant\\n' }}
+{%- if SHOWN %}{{ '<think>\\n' + (m.reasoning_content or '') + '\\n</think>\\n\\n' }}{% endif %}
+{{- m.content }}
+{%- for call in m.tool_calls or [] %}
+{%- if m.content or not loop.first %}{{ '\\n' }}{% endif %}
+{{- '<tool_call>\\n{"name": "' + call.function.name + '", "arguments": ' }}
+{{- call.function.arguments | tojson }}{{ '}\\n</tool_call>' }}
+{%- endfor %}
+{{- '<|im_end|>\\n' }}
+{%- else %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}
+{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+{{- '<|im_start|>assistant\\n' }}
+{%- if not enable_thinking %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}
+{%- endif %}"""
+QWEN = TEMPLATE.replace("SHOWN", SHOWN)
+OPENED = QWEN.replace("{%- if not enable", "{{- '<think>\\n' if enable_thinking }}{%- if not enable")
+"""The prompt opens the reasoning, as for a model that always thinks."""
+ALWAYS = QWEN.replace(
+    "{%- if not enable_thinking %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}", "{{- '<think>\\n' }}"
+)
+
+
+def chat_of(template: str) -> TemplateChat:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=320, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    special, marks = ("<|im_start|>", "<|im_end|>", "<|endoftext|>"), ("<think>", "</think>", "<tool_call>")
+    tokenizer.add_special_tokens([AddedToken(text, normalized=False, special=True) for text in special])
+    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in (*marks, "</tool_call>")])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>")
+    fast.chat_template = template
+    return TemplateChat(fast)
+
+
+CHAT, OPENED_CHAT = chat_of(QWEN), chat_of(OPENED)
+SYSTEM, ASK, RESULT, AGAIN = Message("system", "S"), Message("user", "Q"), Message("tool", "5"), Message("user", "And?")
+CALL = Message("assistant", "Wait.", reasoning="look", tool_calls=(ToolCall("get", {"k": "a", "n": 2}),))
+ANSWER = Message("assistant", "15", reasoning="add")
+CALL_TEXT = 'Wait.\n<tool_call>\n{"name": "get", "arguments": {"k": "a", "n": 2}}\n</tool_call><|im_end|>'
+RESULT_TEXT = "\n<|im_start|>user\n<tool_response>\n5\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
+OPENING = "<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n"
+
+
+def sampled(message: Message, thinking: bool = True, chat: TemplateChat = CHAT) -> tuple[int, ...]:
+    return chat.encode_assistant(message if thinking else replace(message, reasoning=""), thinking=thinking)
+
+
+def test_tool_results_keep_the_reasoning_and_extend_what_was_sampled():
+    conversation = TemplateConversation(CHAT, (SYSTEM, ASK), thinking=True)
+    assert CHAT.decode(conversation.prompt_ids()) == "<|im_start|>system\nS<|im_end|>\n" + OPENING
+    spelt = [i for letter in "look" for i in CHAT.encode(letter)]
+    said = (*CHAT.encode("<think>"), *spelt, *CHAT.encode("</think>" + CALL_TEXT))  # no newlines: not as rendered
+    before = conversation.prompt_ids()
+    assert conversation.add_sampled(said) == CALL
+    conversation.add([RESULT])
+    assert conversation.prompt_ids() == before + said + CHAT.encode(RESULT_TEXT)
+
+
+def test_a_user_message_drops_the_reasoning_and_keeps_calls_results_and_answers():
+    conversation = TemplateConversation(CHAT, (ASK,), thinking=True)
+    conversation.add_sampled(sampled(CALL))
+    conversation.add([RESULT])
+    conversation.add_sampled(sampled(ANSWER))
+    conversation.add([AGAIN])
+    assert CHAT.decode(conversation.prompt_ids()) == (
+        f"{OPENING}{CALL_TEXT}{RESULT_TEXT}15<|im_end|>\n<|im_start|>user\nAnd?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert conversation.messages == (ASK, CALL, RESULT, ANSWER, AGAIN)
+
+
+def test_without_thinking_an_empty_block_stays_over_tool_results_and_goes_at_a_user_message():
+    conversation = TemplateConversation(CHAT, (ASK,), thinking=False)
+    said = sampled(CALL, thinking=False)
+    seen = conversation.prompt_ids() + said
+    conversation.add_sampled(said)
+    conversation.add([RESULT])
+    assert conversation.prompt_ids()[: len(seen)] == seen and "</think>" in CHAT.decode(seen)
+    conversation.add_sampled(sampled(ANSWER, thinking=False))
+    conversation.add([AGAIN])
+    assert CHAT.decode(conversation.prompt_ids()).count("<think>") == 1  # of the turn to come
+
+
+def test_a_template_that_leaves_history_alone_extends_at_a_user_message_as_well():
+    plain = chat_of(TEMPLATE.replace("SHOWN", "false").replace("{%- if not enable_thinking", "{%- if false"))
+    conversation = TemplateConversation(plain, (ASK,), thinking=False)
+    said = (*plain.encode("1"), *plain.encode("5"), plain.eos_id)
+    seen = conversation.prompt_ids() + said
+    conversation.add_sampled(said)
+    conversation.add([AGAIN])
+    assert conversation.prompt_ids()[: len(seen)] == seen
+
+
+def test_a_prompt_that_opens_the_reasoning_is_understood():
+    conversation = TemplateConversation(OPENED_CHAT, (ASK,), thinking=True)
+    assert OPENED_CHAT.decode(conversation.prompt_ids()) == OPENING + "<think>\n"
+    assert conversation.add_sampled(OPENED_CHAT.encode("look\n</think>\n\n" + CALL_TEXT)) == CALL
+    with pytest.raises(ValueError, match="play it with thinking"):
+        TemplateConversation(chat_of(ALWAYS), (ASK,), thinking=False)
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        (TEMPLATE.replace("SHOWN", "loop.last"), "rewrites what the policy has already said"),
+        (TEMPLATE.replace("SHOWN", "false"), "reasoning must begin"),
+        (QWEN.replace("tool_call>", "call>"), "give the syntax it uses"),
+        (QWEN.replace("m.content + '\\n</tool", "raise_exception('no tools') + '\\n</tool"), "the template refuses"),
+        (QWEN.replace("'<|im_start|>assistant\\n' }}\n{%- if not", "'' }}\n{%- if not"), "reasoning must begin"),
+    ],
+    ids=["drops at tools", "never shows", "other calls", "no tools", "no generation prompt"],
+)
+def test_a_template_is_tried_before_it_is_played(template, reason):
+    with pytest.raises(ValueError, match=reason):
+        TemplateConversation(chat_of(template), (ASK,), thinking=True)
+
+
+def test_a_template_that_rewrites_history_later_is_refused_when_it_does():
+    late = QWEN.replace("+ m.content + '\\n</tool", "+ (m.content if messages | length < 5 else '') + '\\n</tool")
+    chat = chat_of(late)
+    conversation = TemplateConversation(chat, (ASK,), thinking=True)
+    for _ in range(2):
+        conversation.add_sampled(sampled(CALL, chat=chat))
+        conversation.add([RESULT])
+    with pytest.raises(ValueError, match="rewrites what the policy has already said or read"):
+        conversation.add_sampled(sampled(ANSWER, chat=chat))
+        conversation.add([RESULT])
+
+
+@pytest.mark.parametrize(
+    ("text", "thinking"),
+    [
+        ("<think>a</think>b", True),
+        ("b<|im_end|>", True),
+        ("<think>b<|im_end|>", True),
+        ("a<think>b</think>c<|im_end|>", True),
+        ("<think>a</think>b</think>c<|im_end|>", True),
+        ("<think>a</think>b<|im_end|>", False),
+        ("b<|im_end|>c<|im_end|>", False),
+        ("b<|im_start|>user\nc<|im_end|>", False),
+        ("<tool_response>5</tool_response><|im_end|>", False),
+        ("b</tool_call><|im_end|>", False),
+        ('<tool_call>{"name": "f", "arguments": {}}<|im_end|>', False),
+        ('<tool_call>{"name": "f", "arguments": {}}</tool_call>b<|im_end|>', False),
+        ('<tool_call>{"name": "f"}</tool_call><|im_end|>', False),
+        ('<tool_call>{"name": "f", "arguments": {}, "id": 1}</tool_call><|im_end|>', False),
+        ('<tool_call>{"name": "f", "arguments": {"x": NaN}}</tool_call><|im_end|>', False),
+        ('<tool_call>{"name": "f", "arguments": {"x": 1, "x": 2}}</tool_call><|im_end|>', False),
+        ('<tool_call>{"name": "f", "arguments": {"x": "<think>"}}</tool_call><|im_end|>', False),
+        ("<tool_call>" + '{"a":' * 5000 + "</tool_call><|im_end|>", False),
+    ],
+)
+def test_a_malformed_answer_is_refused(text, thinking):
+    conversation = TemplateConversation(CHAT, (ASK,), thinking=thinking)
+    before = conversation.prompt_ids()
+    with pytest.raises(ValueError):
+        conversation.add_sampled(CHAT.encode(text))
+    assert conversation.prompt_ids() == before and conversation.messages == (ASK,)
+
+
+def test_bytes_that_are_no_text_are_malformed():
+    first_byte, *_ = CHAT.encode("火")
+    with pytest.raises(ValueError, match="broken characters"):
+        CHAT.parse((first_byte, CHAT.eos_id), thinking=False)
+
+
+@pytest.mark.parametrize("mark", ["<|im_end|>", "<|endoftext|>", "</think>", "<tool_call>", "</tool_response>"])
+@pytest.mark.parametrize("role", ["system", "user", "tool"])
+def test_marks_in_the_text_of_others_are_refused_and_nothing_is_appended(role, mark):
+    conversation = TemplateConversation(CHAT, (ASK,), thinking=True)
+    conversation.add_sampled(sampled(CALL if role == "tool" else ANSWER))
+    before = conversation.messages
+    with pytest.raises(MarkupError, match="reserved"):
+        conversation.add([Message(role, f"look: {mark}")])
+    assert conversation.messages == before
+
+
+@pytest.mark.parametrize("replies", [(AGAIN,), (RESULT, RESULT), ()])
+def test_calls_need_their_results(replies):
+    conversation = TemplateConversation(CHAT, (ASK,), thinking=True)
+    conversation.add_sampled(sampled(CALL))
+    with pytest.raises(ValueError, match=r"wait for a result|nothing to answer"):
+        conversation.add(replies)
+        conversation.prompt_ids()
+
+
+def test_a_tokenizer_without_a_template_is_refused():
+    with pytest.raises(ValueError, match="needs a chat_template"):
+        TemplateChat(PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, "a"))))
+
+
+TEXT = st.text(st.sampled_from("apl 12谢\n\"'<>{}&"), max_size=8).map(lambda text: text.strip("\n"))
+VALUES = st.recursive(TEXT | st.integers() | st.booleans() | st.none(), lambda one: st.lists(one, max_size=2))
+CALLS = st.lists(st.builds(ToolCall, st.just("get"), st.dictionaries(TEXT, VALUES, max_size=2)), max_size=2).map(tuple)
+SAID = st.builds(Message, st.just("assistant"), TEXT, TEXT, CALLS)
+
+
+@given(SAID, st.booleans(), st.sampled_from([CHAT, OPENED_CHAT]))
+def test_what_is_rendered_is_read_back(message, thinking, chat):
+    message = message if thinking else replace(message, reasoning="")
+    assert chat.parse(sampled(message, thinking, chat), thinking=thinking) == message
+
+
+@dataclass
+class Scene:
+    """An environment that answers calls with results and everything else as the user, for some turns."""
+
+    turns: int
+    heard: list[Message] = field(default_factory=list)
+
+    async def start(self) -> tuple[Message, ...]:
+        return (SYSTEM, ASK)
+
+    async def step(self, message: Message) -> Step:
+        self.heard.append(message)
+        results = tuple(Message("tool", f"r{i}") for i in range(len(message.tool_calls)))
+        return Step(replies=results or (AGAIN,), rewards={"outcome": 1.0}, done=len(self.heard) == self.turns)
+
+
+@dataclass
+class Engine:
+    """Says given messages, spelt in random pieces, and numbers every sampled token in its logp."""
+
+    said: list[Message]
+    thinking: bool
+    rng: random.Random
+    seen: dict[str, list[tuple[tuple[int, ...], np.ndarray, np.ndarray]]] = field(default_factory=dict)
+    count: int = 0
+
+    async def __call__(self, request: Request) -> list[Completion]:
+        turn = int(request.name.rpartition(".")[2]) if "." in request.name else 0
+        names = [request.name.partition(".")[0]] if turn else [f"g#{i}" for i in range(request.n)]
+        return [self.say(request, name, self.said[turn]) for name in names]
+
+    def say(self, request: Request, name: str, message: Message) -> Completion:
+        *ids, end = sampled(message, self.thinking)
+        spelt = [i for one in ids for i in self.pieces(one)]
+        token_ids = np.array([*spelt, end], np.int32)
+        logp = -np.arange(self.count, self.count + len(token_ids), dtype=np.float32)
+        self.count += len(token_ids)
+        self.seen.setdefault(name, []).append((request.prompt_ids, token_ids, logp))
+        return Completion(
+            token_ids=token_ids,
+            logp=logp,
+            kept_ids=token_ids,
+            kept_offsets=np.arange(len(token_ids) + 1),
+            routes=np.zeros((0, 0, 0), np.uint8),
+            weight_version=1,
+            finish="stop",
+        )
+
+    def pieces(self, one: int) -> list[int]:
+        text = CHAT.decode([one])
+        if not text.isascii() or text.startswith("<") or self.rng.random() < 0.5:
+            return [one]
+        return [i for letter in text for i in CHAT.encode(letter)]
+
+
+def weigh(parts: Mapping[str, float]) -> float:
+    return parts["outcome"]
+
+
+@settings(max_examples=20)
+@given(st.lists(SAID, min_size=1, max_size=3), st.booleans(), st.randoms(use_true_random=False))
+def test_what_trains_is_what_was_sampled(said, thinking, rng):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(play, "Conversation", TemplateConversation)
+        said = [message if thinking else replace(message, reasoning="") for message in said]
+        engine = Engine(said, thinking, rng)
+        played = asyncio.run(
+            play.play_group(
+                lambda: Scene(len(said)),
+                name="g",
+                domain="d",
+                group_size=2,
+                generate=engine,
+                chat=CHAT,
+                sampling=Sampling(max_tokens=10**5),
+                weigh=weigh,
+                max_len=10**6,
+                seed=0,
+                thinking=thinking,
+            )
+        )
+    assert played.group is not None and played.refused == ()
+    drops = sum(not message.tool_calls for message in said[:-1])
+    for episode in played.group.episodes:
+        turns = iter(engine.seen[episode.name])
+        assert len(episode.segments) == 1 + drops
+        for segment in episode.segments:
+            at = 0
+            while at < len(segment.token_ids):
+                prompt, token_ids, logp = next(turns)
+                end = len(prompt) + len(token_ids)
+                assert segment.token_ids[:end].tolist() == [*prompt, *token_ids]
+                assert not segment.sampled[at : len(prompt)].any() and segment.sampled[len(prompt) : end].all()
+                start = int(segment.sampled[: len(prompt)].sum())
+                assert (segment.logp[start : start + len(logp)] == logp).all()
+                at = end
+        assert next(turns, None) is None
