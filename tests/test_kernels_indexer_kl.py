@@ -63,7 +63,10 @@ def test_dense_probabilities_match_the_reference_and_invisible_keys_are_zero(H, 
         assert torch.equal(prob[~seen_NM], torch.zeros_like(prob[~seen_NM]))
 
 
-def compare_kl(start_N: Tensor, end_N: Tensor, index_heads: int, index_dim: int, H: int, D: int, dtype: torch.dtype):
+def worst_error(
+    start_N: Tensor, end_N: Tensor, index_heads: int, index_dim: int, H: int, D: int, dtype: torch.dtype
+) -> float:
+    """The largest error of dense_indexer_kl and its gradients against float64; 1 is the most that is allowed."""
     N, M = len(start_N), int(end_N.max())
     index_q, index_k = random(N, index_heads, index_dim, dtype=dtype), random(M, index_dim, dtype=dtype)
     index_w = random(N, index_heads, dtype=torch.float32) * index_heads**-0.5 * index_dim**-0.5
@@ -86,9 +89,8 @@ def compare_kl(start_N: Tensor, end_N: Tensor, index_heads: int, index_dim: int,
     expected = (torch.special.xlogy(target_NM, target_NM) - target_NM * score_NM.log_softmax(-1)).sum(-1)
     expected_grads = torch.autograd.grad(expected.sum() / 7, inputs64)
     assert relative_error(reference.indexer_kl(score_NM, prob_NM, seen_NM), expected) < 1e-5
-    assert relative_error(kl, expected) < FORWARD[dtype]
-    for grad, expected_grad in zip(grads, expected_grads, strict=True):
-        assert relative_error(grad, expected_grad) < GRADIENT[dtype]
+    errors = [relative_error(*pair) / GRADIENT[dtype] for pair in zip(grads, expected_grads, strict=True)]
+    return max(relative_error(kl, expected) / FORWARD[dtype], *errors)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -96,13 +98,13 @@ def compare_kl(start_N: Tensor, end_N: Tensor, index_heads: int, index_dim: int,
 def test_the_dense_loss_and_its_gradients_match_float64(index_heads, index_dim, H, D, dtype, monkeypatch):
     torch.manual_seed(1)
     monkeypatch.setattr(indexer_kl, "SCORES_AT_ONCE", 43 * 28)  # chunks that cut a sequence
-    compare_kl(*causal_ranges(19, 1, 23), index_heads, index_dim, H, D, dtype)
+    assert worst_error(*causal_ranges(19, 1, 23), index_heads, index_dim, H, D, dtype) < 1
 
 
 def test_ranges_need_not_be_causal_or_ordered_and_a_query_without_keys_gives_zero():
     torch.manual_seed(2)
     start_N, end_N = uneven_ranges()
-    compare_kl(start_N, end_N, 4, 16, 2, 16, torch.float32)
+    assert worst_error(start_N, end_N, 4, 16, 2, 16, torch.float32) < 1
     empty_N = torch.zeros_like(start_N)
     index_q, index_k = torch.randn(7, 2, 16, device=DEVICE), torch.randn(9, 16, device=DEVICE, requires_grad=True)
     q, k = torch.randn(7, 1, 16, device=DEVICE), torch.randn(9, 1, 16, device=DEVICE)
@@ -149,8 +151,8 @@ def test_the_dense_loss_matches_at_full_width(hopper, monkeypatch):
     monkeypatch.setattr(indexer_kl, "SCORES_AT_ONCE", 1 << 18)
     if not hopper:
         monkeypatch.setattr(indexer_kl_hopper, "supported", lambda q, widths: False)
-    compare_kl(*causal_ranges(600, 200, 77), 64, 128, 16, 192, torch.bfloat16)
-    compare_kl(*uneven_ranges(), 64, 128, 3, 64, torch.bfloat16)
+    assert worst_error(*causal_ranges(600, 200, 77), 64, 128, 16, 192, torch.bfloat16) < 1
+    assert worst_error(*uneven_ranges(), 64, 128, 3, 64, torch.bfloat16) < 1
 
 
 @needs_gpu

@@ -134,7 +134,9 @@ RULES = [constraint(kind, **options) for kind, options, *_ in FOLLOWED if kind !
 
 @given(st.text(max_size=100))
 def test_no_text_breaks_a_constraint(text):
-    constraint_score(text, RULES)
+    checks = constraint_score(text, RULES).checks
+    assert len(checks) == len(RULES)
+    assert all(check.passed is (check.reason == "") for check in checks)
 
 
 @pytest.mark.parametrize("part", [".", "a.", "a. ", "\n", " \n", "- ", "[", "<<", "x.y-", "...)", "# "])
