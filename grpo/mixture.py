@@ -11,7 +11,7 @@ from trimtab.environments.base import Env, Message, Task
 from trimtab.grpo.config import Config, Domain
 from trimtab.rewards.length import overlong_penalty
 from trimtab.rewards.rubric import Judge
-from trimtab.rollout.chat import Chat, Conversation
+from trimtab.rollout.chat import Chat
 from trimtab.rollout.play import Generate, play_group
 from trimtab.rollout.types import Group, Request, Sampling
 
@@ -131,7 +131,7 @@ def make_judge(generate: Generate, chat: Chat) -> Judge:
     """A judge that asks a frozen policy, which thinks first and answers greedily."""
 
     async def judge(prompt: str) -> str:
-        conversation = Conversation(chat, (Message("user", prompt),), thinking=True)
+        conversation = chat.conversation((Message("user", prompt),), thinking=True)
         name = f"judge-{stable_seed(prompt)}"
         request = Request(name=name, prompt_ids=conversation.prompt_ids(), sampling=JUDGE_SAMPLING)
         (completion,) = await generate(request)

@@ -1,9 +1,9 @@
 """sparse_mla of at most 32 heads on Hopper, in Gluon: keys are the rows of every product. Spec: reference.sparse_mla.
 
-A program serves one query and all its heads. The producer gathers tiles of 64 keys with cp.async, and two consumer
-warp groups take tiles in turn: tile i goes to consumer i % 2 and to a buffer of its own. A buffer has three groups of
-columns, each refilled as soon as no product needs it: the halves of the value part, and the rope part. What the
-consumers have summed over their tiles is added at the end, one half of the columns by each.
+A program serves one query and all its heads. A producer gathers tiles of 64 keys with cp.async into buffers for three
+groups of columns, each refilled as soon as no product needs it: the halves of the value part, and the rope part.
+Forward, one consumer multiplies, and two programs share a multiprocessor: one gathers while the other multiplies.
+Backward, two consumers take tiles in turn; what each has summed is added at the end, one half of the columns by each.
 """
 
 from torch import Tensor
@@ -35,7 +35,7 @@ descriptor = gl.shared_memory_descriptor
 reinterpret = getattr(descriptor, "reinterpret", None) or descriptor._reinterpret  # the older name
 VALUE = gl.constexpr(512)
 WIDTH = gl.constexpr(576)
-ROPE_BAR = gl.constexpr(2)  # barriers 0 and 1 are those of left halves
+ROPE_BAR = gl.constexpr(2)  # of the backward pass; barriers 0 and 1 are those of left halves
 RIGHT_BAR = gl.constexpr(4)
 REGISTERS = gl.constexpr([224, 56])
 COPY_LAYOUT = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
@@ -57,27 +57,9 @@ def _load_ids(ids_ptr, i, K):
 @gluon.jit
 def _refill(i, smem, bar, row_ptr, column, full, empty, SLOTS: gl.constexpr):
     """Some columns of tile i, into one of SLOTS buffers."""
-    COLUMNS: gl.constexpr = smem.shape[1]
     mbarrier.wait(empty.index(bar), ((i // SLOTS) & 1) ^ 1)
-    gather_rows(smem, row_ptr, column, None, COPY_LAYOUT, COLUMNS)
+    _load_heads(smem, row_ptr, column, None)
     async_copy.mbarrier_arrive(full.index(bar), increment_count=False)
-
-
-@gluon.jit
-def _produce(q_ptr, kv_ptr, kv_stride, ids_ptr, H, K, tiles, q, q_t, k, k_t, still, full, empty):
-    BLOCK_H: gl.constexpr = q.shape[1]
-    head = gl.arange(0, BLOCK_H, layout=gl.SliceLayout(1, COPY_LAYOUT))
-    ids = _load_ids(ids_ptr, 0, K)
-    _load_heads(q.index(0), q_ptr + head * WIDTH, 0, (head < H)[:, None])
-    _load_heads(q.index(1), q_ptr + head * WIDTH, HALF, (head < H)[:, None])
-    _load_heads(q_t.index(0), q_ptr + head * WIDTH, VALUE, (head < H)[:, None])
-    async_copy.mbarrier_arrive(still, increment_count=False)
-    for i in range(tiles):
-        row_ptr = kv_ptr + gl.maximum(ids, 0).to(gl.int64) * kv_stride
-        ids = _load_ids(ids_ptr, i + 1, K)
-        _refill(i, k_t.index(i % 2), ROPE_BAR + i % 2, row_ptr, VALUE, full, empty, 2)
-        _refill(i, k.index(i % 2), i % 2, row_ptr, 0, full, empty, 2)
-        _refill(i, k.index(2 + i % 3), RIGHT_BAR + i % 3, row_ptr, HALF, full, empty, 3)
 
 
 @gluon.jit
@@ -111,10 +93,35 @@ def _store_heads(out, smem, out_ptr, stride, H):
 
 
 @gluon.jit
-def _attend(
-    ids_ptr, out_ptr, lse_ptr, H, K, tiles, scale, q, q_t, k, k_t, p, stat, still, full, empty, done,
-    WHICH: gl.constexpr,
-):  # fmt: skip
+def _init(still, full, empty):
+    mbarrier.init(still, count=PRODUCER_THREADS)
+    BARS: gl.constexpr = full.shape[0]
+    for i in gl.static_range(BARS):
+        mbarrier.init(full.index(i), count=PRODUCER_THREADS)
+        mbarrier.init(empty.index(i), count=1)
+    fence_async_shared()
+    barrier()
+
+
+@gluon.jit
+def _produce(q_ptr, kv_ptr, kv_stride, ids_ptr, H, K, tiles, q, q_t, k, k_t, still, full, empty):
+    BLOCK_H: gl.constexpr = q.shape[1]
+    head = gl.arange(0, BLOCK_H, layout=gl.SliceLayout(1, COPY_LAYOUT))
+    ids = _load_ids(ids_ptr, 0, K)
+    _load_heads(q.index(0), q_ptr + head * WIDTH, 0, (head < H)[:, None])
+    _load_heads(q.index(1), q_ptr + head * WIDTH, HALF, (head < H)[:, None])
+    _load_heads(q_t.index(0), q_ptr + head * WIDTH, VALUE, (head < H)[:, None])
+    async_copy.mbarrier_arrive(still, increment_count=False)
+    for i in range(tiles):
+        row_ptr = kv_ptr + gl.maximum(ids, 0).to(gl.int64) * kv_stride
+        ids = _load_ids(ids_ptr, i + 1, K)
+        _refill(i, k.index(0), 0, row_ptr, 0, full, empty, 1)
+        _refill(i, k.index(1), 1, row_ptr, HALF, full, empty, 1)
+        _refill(i, k_t.index(0), 2, row_ptr, VALUE, full, empty, 1)
+
+
+@gluon.jit
+def _attend(ids_ptr, out_ptr, lse_ptr, H, K, tiles, scale, q, q_t, k, k_t, p, still, full, empty):
     BLOCK_H: gl.constexpr = q.shape[1]
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_H, 16])
     keys: gl.constexpr = gl.SliceLayout(1, layout)
@@ -124,30 +131,25 @@ def _attend(
     none = gl.zeros([KEYS, BLOCK_H], gl.float32, layout=layout)
     out_l = gl.zeros([HALF, BLOCK_H], gl.float32, layout=layout)
     out_r = gl.zeros([HALF, BLOCK_H], gl.float32, layout=layout)
-    slot = WHICH * KEYS + gl.arange(0, KEYS, layout=keys)
+    slot = gl.arange(0, KEYS, layout=keys)
     ids = gl.load(ids_ptr + slot, mask=slot < K, other=-1)
     mbarrier.wait(still, 0)
-    for i in range(WHICH, tiles, 2):
+    for i in range(tiles):
         first = _opaque(0)
-        stage = first + i % 2
-        k_l = k.index(stage)
-        k_r = k.index(2 + first + i % 3)
-        _await(i, ROPE_BAR + WHICH, full, 2)
-        score = warpgroup_mma(k_t.index(stage), q_t.index(first).permute((1, 0)), none, use_acc=False)
-        mbarrier.arrive(empty.index(ROPE_BAR + WHICH))
-        _await(i, WHICH, full, 2)
-        score = warpgroup_mma(k_l, q.index(first).permute((1, 0)), score)
-        _await(i, RIGHT_BAR + i % 3, full, 3)
-        score = warpgroup_mma(k_r, q.index(first + 1).permute((1, 0)), score)
+        for bar in gl.static_range(3):
+            _await(i, bar, full, 1)
+        score = warpgroup_mma(k.index(first), q.index(first).permute((1, 0)), none, use_acc=False, is_async=True)
+        score = warpgroup_mma(k.index(first + 1), q.index(first + 1).permute((1, 0)), score, is_async=True)
+        score = warpgroup_mma(k_t.index(first), q_t.index(first).permute((1, 0)), score, is_async=True)
+        score = warpgroup_mma_wait(0, deps=[score])
         score = gl.where((ids >= 0)[:, None], score * scale, float("-inf"))
-        slot += 2 * KEYS
+        slot += KEYS
         ids = gl.load(ids_ptr + slot, mask=slot < K, other=-1)
         new_top = gl.maximum(top, gl.max(score, 0))
         shift = gl.where(new_top == float("-inf"), 0.0, new_top)
         prob = gl.exp2(score - shift[None, :])
-        stage = _opaque(i % 2)
-        right = _opaque(i % 3)
-        prob_mem = p.index(stage).permute((1, 0))
+        second = _opaque(0)
+        prob_mem = p.permute((1, 0))
         prob_mem.store(prob.to(p.dtype))
         fence_async_shared()
         shrink = gl.exp2(top - shift)[None, :]
@@ -155,58 +157,19 @@ def _attend(
         sums = sums * shrink + prob
         out_l = out_l * shrink
         out_r = out_r * shrink
-        out_l = warpgroup_mma(k.index(stage).permute((1, 0)), prob_mem, out_l, is_async=True)
-        out_r = warpgroup_mma(k.index(2 + right).permute((1, 0)), prob_mem, out_r, is_async=True)
+        out_l = warpgroup_mma(k.index(second).permute((1, 0)), prob_mem, out_l, is_async=True)
+        out_r = warpgroup_mma(k.index(second + 1).permute((1, 0)), prob_mem, out_r, is_async=True)
         out_l, out_r = warpgroup_mma_wait(1, deps=[out_l, out_r])
-        mbarrier.arrive(empty.index(WHICH))
+        mbarrier.arrive(empty.index(0))
         out_l, out_r = warpgroup_mma_wait(0, deps=[out_l, out_r])
-        mbarrier.arrive(empty.index(RIGHT_BAR + i % 3))
+        mbarrier.arrive(empty.index(1))
+        mbarrier.arrive(empty.index(2))
     total = gl.sum(sums, 0)
-    stat.index(WHICH).store(top)
-    stat.index(2 + WHICH).store(total)
-    if WHICH == 0:
-        kept, given = out_l, out_r
-    else:
-        kept, given = out_r, out_l
-    _floats(k.index(WHICH), HALF, BLOCK_H).store(given)
-    barrier()
-    mbarrier.arrive(done)
-    mbarrier.wait(done, 0)
-    taken = _floats(k.index(1 - WHICH), HALF, BLOCK_H).load(layout)
-    other_top = stat.index(1 - WHICH).load(heads)
-    highest = gl.maximum(top, other_top)
-    shift = gl.where(highest == float("-inf"), 0.0, highest)
-    shrink = gl.exp2(top - shift)
-    other_shrink = gl.exp2(other_top - shift)
-    total = total * shrink + stat.index(3 - WHICH).load(heads) * other_shrink
-    total = gl.where(total > 0, total, 1.0)  # no key: O = 0, lse = -inf
-    out = (kept * shrink[None, :] + taken * other_shrink[None, :]) / total[None, :]
-    _store_heads(out, q.index(WHICH), out_ptr + WHICH * HALF, VALUE, H)
-    if WHICH == 0:
-        head = gl.arange(0, BLOCK_H, layout=heads)
-        gl.store(lse_ptr + head, (highest + gl.log2(total)) / LOG2E, mask=head < H)
-
-
-@gluon.jit
-def _attend_even(ids_ptr, out_ptr, lse_ptr, H, K, tiles, scale, q, q_t, k, k_t, p, stat, still, full, empty, done):
-    _attend(ids_ptr, out_ptr, lse_ptr, H, K, tiles, scale, q, q_t, k, k_t, p, stat, still, full, empty, done, 0)
-
-
-@gluon.jit
-def _attend_odd(ids_ptr, out_ptr, lse_ptr, H, K, tiles, scale, q, q_t, k, k_t, p, stat, still, full, empty, done):
-    _attend(ids_ptr, out_ptr, lse_ptr, H, K, tiles, scale, q, q_t, k, k_t, p, stat, still, full, empty, done, 1)
-
-
-@gluon.jit
-def _init(still, full, empty, done):
-    mbarrier.init(still, count=PRODUCER_THREADS)
-    mbarrier.init(done, count=2)
-    BARS: gl.constexpr = full.shape[0]
-    for i in gl.static_range(BARS):
-        mbarrier.init(full.index(i), count=PRODUCER_THREADS)
-        mbarrier.init(empty.index(i), count=1)
-    fence_async_shared()
-    barrier()
+    some = gl.where(total > 0, total, 1.0)  # no key: O = 0, lse = -inf
+    _store_heads(out_l / some[None, :], q.index(0), out_ptr, VALUE, H)
+    _store_heads(out_r / some[None, :], q.index(1), out_ptr + HALF, VALUE, H)
+    head = gl.arange(0, BLOCK_H, layout=heads)
+    gl.store(lse_ptr + head, (top + gl.log2(some)) / LOG2E, mask=head < H)
 
 
 @gluon.jit
@@ -222,23 +185,26 @@ def _forward_kernel(
     narrow: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_H, ROPE], dtype)
     q = gl.allocate_shared_memory(dtype, [2, BLOCK_H, HALF], wide)
     q_t = gl.allocate_shared_memory(dtype, [1, BLOCK_H, ROPE], narrow)
-    k = gl.allocate_shared_memory(dtype, [5, KEYS, HALF], wide)
-    k_t = gl.allocate_shared_memory(dtype, [2, KEYS, ROPE], narrow)
-    p = gl.allocate_shared_memory(dtype, [2, BLOCK_H, KEYS], narrow)
-    stat = gl.allocate_shared_memory(gl.float32, [4, BLOCK_H], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    k = gl.allocate_shared_memory(dtype, [2, KEYS, HALF], wide)
+    k_t = gl.allocate_shared_memory(dtype, [1, KEYS, ROPE], narrow)
+    if BLOCK_H == 16:
+        p = gl.allocate_shared_memory(dtype, [BLOCK_H, KEYS], narrow)
+        REGISTERS: gl.constexpr = 96
+    else:  # the rope part has been multiplied by then, and nothing else fits beside a second program
+        p = reinterpret(k_t, dtype, [BLOCK_H, KEYS], narrow)
+        REGISTERS: gl.constexpr = 56
     bars: gl.constexpr = mbarrier.MBarrierLayout()
     still = gl.allocate_shared_memory(gl.int64, [1], bars)
-    done = gl.allocate_shared_memory(gl.int64, [1], bars)
-    full = gl.allocate_shared_memory(gl.int64, [7, 1], bars)
-    empty = gl.allocate_shared_memory(gl.int64, [7, 1], bars)
-    _init(still, full, empty, done)
+    full = gl.allocate_shared_memory(gl.int64, [3, 1], bars)
+    empty = gl.allocate_shared_memory(gl.int64, [3, 1], bars)
+    _init(still, full, empty)
     heads, slots = gl.to_tensor(H), gl.to_tensor(K)  # a 1 would be a constant, which does not survive in a tuple
     use = (
         ids_ptr, out_ptr + n * H * VALUE, lse_ptr + n * H, heads, slots, tiles, scale * LOG2E,
-        q, q_t, k, k_t, p, stat, still, full, empty, done,
+        q, q_t, k, k_t, p, still, full, empty,
     )  # fmt: skip
     load = (q_ptr + n * H * WIDTH, kv_ptr, kv_stride, ids_ptr, heads, slots, tiles, q, q_t, k, k_t, still, full, empty)
-    gl.warp_specialize([(_attend_even, use), (_attend_odd, use), (_produce, load)], [4, 4], REGISTERS)
+    gl.warp_specialize([(_attend, use), (_produce, load)], [4], [REGISTERS])
 
 
 def supported(q_NHC: Tensor, kv_MC: Tensor, value_dim: int) -> bool:
@@ -254,7 +220,8 @@ def forward(q_NHC: Tensor, kv_MC: Tensor, ids_NK: Tensor, scale: float, out_NHV:
     """Write O and lse of reference.sparse_mla."""
     (N, H, _), K = q_NHC.shape, ids_NK.shape[1]
     _forward_kernel[(N,)](
-        q_NHC, kv_MC, kv_MC.stride(0), ids_NK, out_NHV, lse_NH, H, K, scale, padded(K), _block(H), num_warps=4,
+        q_NHC, kv_MC, kv_MC.stride(0), ids_NK, out_NHV, lse_NH, H, K, scale, padded(K), _block(H),
+        num_warps=4, maxnreg=128,
     )  # fmt: skip
 
 
@@ -402,7 +369,8 @@ def _gradient_kernel(
     done = gl.allocate_shared_memory(gl.int64, [1], bars)
     full = gl.allocate_shared_memory(gl.int64, [6, 1], bars)
     empty = gl.allocate_shared_memory(gl.int64, [6, 1], bars)
-    _init(still, full, empty, done)
+    mbarrier.init(done, count=2)
+    _init(still, full, empty)
     heads, slots = gl.to_tensor(H), gl.to_tensor(K)  # a 1 would be a constant, which does not survive in a tuple
     use = (
         ids_ptr, lse_ptr + n * H, delta_ptr + n * H, dq_ptr + n * H * WIDTH, row_ptr + n * K * WIDTH,

@@ -100,6 +100,10 @@ class Chat:
         """The format over the tokenizer of a checkpoint folder."""
         return cls(AutoTokenizer.from_pretrained(path))
 
+    def conversation(self, messages: Iterable[Message], *, thinking: bool) -> "Conversation":
+        """A conversation in this format that begins with messages."""
+        return Conversation(self, messages, thinking=thinking)
+
     def encode(self, text: str) -> tuple[int, ...]:
         """Ids of text, in which markup becomes the tokens it stands for."""
         return tuple(self._tokenizer.encode(text, add_special_tokens=False))

@@ -195,7 +195,7 @@ async def play_group(
     openings = await asyncio.gather(*(env.start() for env in envs))
     if any(opening != openings[0] for opening in openings):
         raise ValueError(f"{name}: the environments of a group must open with the same messages")
-    conversations = [Conversation(chat, opening, thinking=thinking) for opening in openings]
+    conversations = [chat.conversation(opening, thinking=thinking) for opening in openings]
     prompt = conversations[0].prompt_ids()
     if len(prompt) >= max_len:
         raise ValueError(f"{name}: an opening of {len(prompt)} tokens does not fit max_len = {max_len}")

@@ -86,6 +86,10 @@ class TemplateChat:
         _extended(self, (ask, said), text, thinking=thinking)
         self._verified.add(thinking)
 
+    def conversation(self, messages: Iterable[Message], *, thinking: bool) -> "TemplateConversation":
+        """A conversation in this format that begins with messages."""
+        return TemplateConversation(self, messages, thinking=thinking)
+
     def encode(self, text: str) -> tuple[int, ...]:
         """Ids of text, in which marks become the tokens they stand for."""
         return tuple(self._tokenizer.encode(text, add_special_tokens=False))
