@@ -189,10 +189,9 @@ def _forward_kernel(
     k_t = gl.allocate_shared_memory(dtype, [1, KEYS, ROPE], narrow)
     if BLOCK_H == 16:
         p = gl.allocate_shared_memory(dtype, [BLOCK_H, KEYS], narrow)
-        REGISTERS: gl.constexpr = 96
     else:  # the rope part has been multiplied by then, and nothing else fits beside a second program
         p = reinterpret(k_t, dtype, [BLOCK_H, KEYS], narrow)
-        REGISTERS: gl.constexpr = 56
+    producer_registers: gl.constexpr = 96 if BLOCK_H == 16 else 56
     bars: gl.constexpr = mbarrier.MBarrierLayout()
     still = gl.allocate_shared_memory(gl.int64, [1], bars)
     full = gl.allocate_shared_memory(gl.int64, [3, 1], bars)
@@ -204,7 +203,7 @@ def _forward_kernel(
         q, q_t, k, k_t, p, still, full, empty,
     )  # fmt: skip
     load = (q_ptr + n * H * WIDTH, kv_ptr, kv_stride, ids_ptr, heads, slots, tiles, q, q_t, k, k_t, still, full, empty)
-    gl.warp_specialize([(_attend, use), (_produce, load)], [4], [REGISTERS])
+    gl.warp_specialize([(_attend, use), (_produce, load)], [4], [producer_registers])
 
 
 def supported(q_NHC: Tensor, kv_MC: Tensor, value_dim: int) -> bool:

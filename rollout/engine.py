@@ -19,6 +19,7 @@ ENVIRONMENT = {
     "VLLM_USE_DEEP_GEMM": "0",  # kernels for quantised weights, of which there are none
     "TORCHDYNAMO_DISABLE": "1",
     "TOKENIZERS_PARALLELISM": "false",
+    "TRITON_F32_DEFAULT": "ieee",  # vLLM's own kernels: fp32 means fp32, not TF32
     # Buffers of a step are megabytes: taken from the system anew each time, their page faults cost more than the sums.
     "MALLOC_MMAP_THRESHOLD_": "1000000000",
     "MALLOC_TRIM_THRESHOLD_": "1000000000",

@@ -202,7 +202,6 @@ DENSE = {
 ROUTED = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="not made to work on a GPU yet: see Limits in README")
 @pytest.mark.parametrize(
     ("name", "values", "layers"),
     [("Llama", DENSE, 0), ("Qwen3", DENSE, 0), ("Qwen3Moe", DENSE | ROUTED | {"mlp_only_layers": [0]}, 1)],
