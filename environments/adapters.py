@@ -22,8 +22,8 @@ RowReward = Callable[[Message, Mapping[str, Any]], Mapping[str, float] | Awaitab
 
 
 def gym_names() -> tuple[str, ...]:
-    """The names of reasoning-gym's datasets that can be built by name alone."""
-    return tuple(sorted(DATASETS.keys() - {"composite"}))  # composite mixes others and needs their names
+    """The names of reasoning-gym's datasets that can be built by name alone: all but composite, which mixes others."""
+    return tuple(sorted(DATASETS.keys() - {"composite"}))
 
 
 class GymTask:
@@ -41,7 +41,7 @@ class GymTask:
     """
 
     def __init__(self, name: str, *, seed: int = 0, size: int = 1_000, **options: Any) -> None:
-        if name not in gym_names():
+        if name not in DATASETS:
             raise ValueError(f"reasoning-gym has no dataset {name!r}; there are {', '.join(gym_names())}")
         try:
             self._dataset = reasoning_gym.create_dataset(name, seed=seed, size=size, **options)

@@ -10,10 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from trimtab.environments.base import Message, Step, VoidEpisode
+from trimtab.environments.base import Message
+from trimtab.environments.rubric import RubricEnv
 from trimtab.environments.split import is_held_out
 from trimtab.rewards.language import Language, language_consistency
-from trimtab.rewards.rubric import Criterion, Judge, JudgeError, Rubric, judge_prompt, rubric_score
+from trimtab.rewards.rubric import Criterion, Judge, Rubric, RubricScore, judge_prompt, rubric_score
 
 NAMES: Mapping[str, str] = {"Hua": "华", "Lin": "林", "Mei": "梅", "Wei": "伟"}
 NOUNS: Mapping[str, str] = {
@@ -42,62 +43,39 @@ class Wish:
 
     def criterion(self) -> Criterion:
         """The wish as the judge reads it, with the check that knows the truth."""
+        text, weight, check = self._demand()
+        return Criterion(text, weight, check, name=self.kind)
+
+    def _demand(self) -> tuple[str, float, Callable[[str], bool]]:
         subject = self.subject
         match self.kind:
             case "greet":
-                return Criterion(f"greet {subject}", 1.0, lambda note: _greets(note, subject))
+                return f"greet {subject}", 1.0, lambda note: _greets(note, subject)
             case "mention":
-                return Criterion(f"mention the {subject}", 2.0, lambda note: _mentions(note, subject))
+                return f"mention the {subject}", 2.0, lambda note: _mentions(note, subject)
             case "avoid":
-                return Criterion(f"say nothing about the {subject}", 1.0, lambda note: not _mentions(note, subject))
+                return f"say nothing about the {subject}", 1.0, lambda note: not _mentions(note, subject)
             case "thank":
-                return Criterion("end with thanks", 1.0, _ends_with_thanks)
+                return "end with thanks", 1.0, _ends_with_thanks
             case "language":
                 language: Language = "zh" if subject == "zh" else "en"
-                return Criterion(f"use only {_LANGUAGE_NAMES[language]}", 2.0, lambda note: _is_in(note, language))
+                return f"use only {_LANGUAGE_NAMES[language]}", 2.0, lambda note: _is_in(note, language)
             case "limit":
-                return Criterion(
-                    f"have at most {subject} sentences", 1.0, lambda note: len(_sentences(note)) <= int(subject)
-                )
-
-
-class RubricEnv:
-    """One prompt with its rubric. Reward parts, each in [0, 1]:
-
-    "rubric", the judge's score; "rubric_truth", the score by the checks; "judge_agreement", the share of verdicts that
-    equal the checks; "language", the share of the answer's words in the wanted language.
-    """
-
-    def __init__(self, prompt: str, rubric: Rubric, judge: Judge, language: Language) -> None:
-        self.prompt = prompt
-        self.rubric = rubric
-        self._judge = judge
-        self._language = language
-
-    async def start(self) -> tuple[Message, ...]:
-        return (Message("user", self.prompt),)
-
-    async def step(self, message: Message) -> Step:
-        try:
-            scored = await rubric_score(message.content, self.rubric, self._judge)
-        except JudgeError as error:
-            raise VoidEpisode(str(error)) from error
-        rewards = {"rubric": scored.score, "language": language_consistency(message.content, self._language)}
-        if scored.truth is not None and scored.agreement is not None:
-            rewards |= {"rubric_truth": scored.truth, "judge_agreement": scored.agreement}
-        return Step(rewards=rewards, done=True)
+                return f"have at most {subject} sentences", 1.0, lambda note: len(_sentences(note)) <= int(subject)
 
 
 class AlignmentTask:
     """Draws notes to write; whether one is held out depends on its prompt."""
 
     def __init__(self, judge: Judge) -> None:
-        self._judge = judge
+        async def grade(answer: str, rubric: Rubric, *, task: str = "") -> RubricScore:
+            return await rubric_score(answer, rubric, judge)  # a wish says all there is to know of the prompt
+
+        self._grade = grade
 
     def sample(self, rng: random.Random, *, held_out: bool = False) -> Callable[[], RubricEnv]:
         wishes = _draw(rng, held_out=held_out)
-        rubric = Rubric(tuple(wish.criterion() for wish in wishes))
-        return lambda: RubricEnv(_prompt(wishes), rubric, self._judge, _language(wishes))
+        return lambda: RubricEnv(_prompt(wishes), _rubric(wishes), self._grade, language=_language(wishes))
 
     def demonstrate(self, rng: random.Random) -> tuple[Message, ...]:
         return demonstrate(rng)
@@ -132,6 +110,15 @@ def judge_demonstration(rng: random.Random) -> tuple[Message, ...]:
             return Message("user", judge_prompt(note, criterion)), verdict
 
 
+def labelled_notes(rng: random.Random, count: int) -> tuple[str, Rubric, tuple[str, ...]]:
+    """A prompt that is not held out, its rubric, whose checks know the truth, and different notes that answer it."""
+    wishes = _draw(rng, held_out=False)
+    notes: dict[str, None] = {}
+    while len(notes) < count:
+        notes[_write(wishes, _grants(wishes, 0.6, rng), rng)] = None
+    return _prompt(wishes), _rubric(wishes), tuple(notes)
+
+
 def _draw(rng: random.Random, *, held_out: bool) -> tuple[Wish, ...]:
     while True:
         wishes = _draw_wishes(rng)
@@ -153,6 +140,10 @@ def _draw_wishes(rng: random.Random) -> tuple[Wish, ...]:
         "limit": lambda: str(max(sentences, 2)),
     }
     return tuple(Wish(kind, subjects[kind]()) for kind in kinds)
+
+
+def _rubric(wishes: Sequence[Wish]) -> Rubric:
+    return Rubric(tuple(wish.criterion() for wish in wishes))
 
 
 def _prompt(wishes: Sequence[Wish]) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-Role = Literal["system", "user", "assistant", "tool"]
+Role = Literal["system", "developer", "user", "assistant", "tool"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,12 +18,16 @@ class ToolCall:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn of a conversation. Only assistant messages carry reasoning and tool calls."""
+    """One turn of a conversation. Only an assistant reasons and calls, only a system or developer offers tools."""
 
     role: Role
     content: str = ""
     reasoning: str = ""
     tool_calls: tuple[ToolCall, ...] = ()
+    tools: tuple[Mapping[str, Any], ...] = ()
+    """Functions to call, each with name, description and parameters (a JSON schema)."""
+    response_format: Mapping[str, Any] | None = None
+    """The JSON schema that answers must follow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,16 +35,22 @@ class Step:
     """The environment's answer to one assistant message.
 
     rewards holds the named, unweighted parts, each added to what earlier steps gave; the domain's
-    configuration weighs them. An episode ends at the first done=True.
+    configuration weighs them. notes, by the name of a part, are for the reader of an episode (a judge's rationales):
+    logged, never trained on, never shown to the policy. An episode ends at the first done=True.
     """
 
     replies: tuple[Message, ...] = ()
     rewards: Mapping[str, float] = field(default_factory=dict)
     done: bool = False
+    notes: Mapping[str, str] = field(default_factory=dict)
 
 
 class Env(Protocol):
-    """One episode of one task."""
+    """One episode of one task.
+
+    An environment that holds a resource also has an async close(). Whoever plays the episode awaits it once the episode
+    is over, however it ended; it may be called twice.
+    """
 
     async def start(self) -> tuple[Message, ...]:
         """Return the opening messages; the last one is from the user."""

@@ -1,7 +1,8 @@
-"""A small world of invented entities whose pages link to each other, and two-hop questions with known answers.
+"""A small world of invented entities whose pages link to each other, and questions with known answers.
 
 Generated from a seed: 60 towns, 100 people, 40 companies, 60 books and 40 rivers, each with a page. Every relation has
-one object, and no two entities share a name, so that every question has exactly one answer.
+one object, and no two entities share a name, so that every question has exactly one answer. A question follows
+relations from page to page, or adds up what several pages say; pages can be long, so that no window holds all it takes.
 """
 
 import random
@@ -55,6 +56,14 @@ RELATIONS: Mapping[Kind, tuple[Relation, ...]] = {
         Relation("length in kilometres", "Its course measures {1} kilometres."),
     ),
 }
+NUMBERS: Mapping[Kind, str] = {
+    "town": "population",
+    "person": "birth year",
+    "company": "opening year",
+    "book": "publication year",
+    "river": "length in kilometres",
+}
+"""Of each kind a relation whose object is a number."""
 _INSTRUMENTS = ("cello", "oboe", "harp", "lute", "trumpet", "viola", "flute", "drums")
 _PRODUCTS = ("clocks", "bicycles", "lenses", "paper", "kettles", "ropes", "pianos", "lamps", "tiles", "compasses")
 _SUFFIXES: Mapping[Kind, tuple[str, ...]] = {
@@ -65,6 +74,16 @@ _SUFFIXES: Mapping[Kind, tuple[str, ...]] = {
     "book": ("",),
 }
 _WEATHER = ("mild", "windy", "dry", "foggy", "wet")
+_FILLER = (
+    "Much of what is told of {0} rests on letters that nobody has counted.",
+    "In spring the talk about {0} is louder than in autumn.",
+    "A visitor once wrote three lines on {0} and crossed out two.",
+    "Some say that {0} was better known in former times.",
+    "What the archive holds on {0} is kept in a grey box.",
+    "Those who ask about {0} are sent from one desk to the next.",
+    "There is a song on {0}, of which only the refrain is left.",
+    "The old account of {0} is long, and most of it is about the rain.",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,12 +98,11 @@ class Entity:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """Two hops: from start to a bridge by the first relation, from there to the answer by the second."""
+    """What is asked, and the facts it takes: each entity's page says that of the relation at the same place."""
 
     text: str
-    start: Entity
-    bridge: Entity
-    relations: tuple[str, str]
+    entities: tuple[Entity, ...]
+    relations: tuple[str, ...]
     answer: str
 
 
@@ -94,27 +112,51 @@ class World:
 
     entities: Mapping[str, Entity]
 
-    def documents(self) -> list[Document]:
-        """A page for each entity: its facts, then the pages that link to it."""
+    def documents(self, *, filler: int = 0) -> list[Document]:
+        """A page for each entity: its facts, then the pages that link to it.
+
+        Args:
+            filler: when above 0, each fact stands alone in a section of at least so many characters, between
+                sentences that answer nothing; a blank line ends a section.
+        """
         links: dict[str, list[str]] = {name: [] for name in self.entities}
         for entity in self.entities.values():
             for relation in RELATIONS[entity.kind]:
                 if relation.kind:
                     links[entity.facts[relation.name]].append(f"{entity.name} ({relation.name})")
-        return [Document(entity.id, entity.name, _page(entity, links[name])) for name, entity in self.entities.items()]
+        return [
+            Document(entity.id, entity.name, _page(entity, links[name], filler))
+            for name, entity in self.entities.items()
+        ]
 
-    def question(self, rng: random.Random) -> Question:
-        """A two-hop question. Its text depends on the start and the relations alone.
+    def question(self, rng: random.Random, *, hops: int = 2) -> Question:
+        """A question that takes one page after the other. Its text depends on the start and the relations alone.
 
         >>> generate().question(random.Random(0)).text.startswith("What is the ")
         True
         """
-        start = rng.choice(tuple(self.entities.values()))
-        first = rng.choice([relation for relation in RELATIONS[start.kind] if relation.kind])
-        bridge = self.entities[start.facts[first.name]]
-        second = rng.choice(RELATIONS[bridge.kind])
-        text = f"What is the {second.name} of the {first.name} of {start.name}?"
-        return Question(text, start, bridge, (first.name, second.name), bridge.facts[second.name])
+        path = [rng.choice(tuple(self.entities.values()))]
+        relations = []
+        for _ in range(hops - 1):
+            relations.append(rng.choice([one for one in RELATIONS[path[-1].kind] if one.kind]).name)
+            path.append(self.entities[path[-1].facts[relations[-1]]])
+        relations.append(rng.choice(RELATIONS[path[-1].kind]).name)
+        asked = " of the ".join(reversed(relations))
+        text = f"What is the {asked} of {path[0].name}?"
+        return Question(text, tuple(path), tuple(relations), path[-1].facts[relations[-1]])
+
+    def total(self, rng: random.Random, *, count: int = 4) -> Question:
+        """A question that takes a number of each of count entities of one kind, and their sum.
+
+        >>> generate().total(random.Random(0), count=2).text.startswith("What is the sum of the ")
+        True
+        """
+        kind = rng.choice(tuple(NUMBERS))
+        asked = rng.sample([entity for entity in self.entities.values() if entity.kind == kind], count)
+        relation = NUMBERS[kind]
+        names = " and ".join(entity.name for entity in asked)
+        total = sum(int(entity.facts[relation]) for entity in asked)
+        return Question(f"What is the sum of the {relation} of {names}?", tuple(asked), (relation,) * count, str(total))
 
 
 def generate(seed: int = 0) -> World:
@@ -171,13 +213,22 @@ def _value(relation: str, rng: random.Random) -> str:
             return str(rng.randrange(1700, 2000))
 
 
-def _page(entity: Entity, links: list[str]) -> str:
+def _page(entity: Entity, links: list[str], filler: int) -> str:
     """Facts in an order of the page's own, between remarks that answer nothing."""
     rng = random.Random(entity.id)
     facts = [sentence(entity, relation.name) for relation in RELATIONS[entity.kind]]
     rng.shuffle(facts)
     remark = f"{entity.name} is a {entity.kind}; the weather of its pages is {rng.choice(_WEATHER)}."
-    paragraphs = [" ".join([remark, *facts])]
-    if links:
-        paragraphs.append("Mentioned by: " + ", ".join(links) + ".")
-    return "\n".join(paragraphs)
+    mentions = ["Mentioned by: " + ", ".join(links) + "."] if links else []
+    if not filler:
+        return "\n".join([" ".join([remark, *facts]), *mentions])
+    return "\n\n".join([remark, *(_section(entity.name, fact, filler, rng) for fact in facts), *mentions])
+
+
+def _section(name: str, fact: str, filler: int, rng: random.Random) -> str:
+    """A fact somewhere between at least filler characters of other sentences."""
+    others: list[str] = []
+    while sum(map(len, others)) < filler:
+        others.append(rng.choice(_FILLER).format(name))
+    others.insert(rng.randint(0, len(others)), fact)
+    return f"On {name}. " + " ".join(others)

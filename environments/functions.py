@@ -1,8 +1,4 @@
-"""Any Python function with type hints as a tool, and an environment that lends such tools to the policy.
-
-What the policy gets wrong, and what breaks inside a tool, comes back as the text of a tool result, never as an
-exception; only VoidEpisode, with which a tool says that nothing can be said about the episode, passes through.
-"""
+"""Any Python function with type hints as a tool, and an environment that lends tools of any kind to the policy."""
 
 import asyncio
 import inspect
@@ -19,11 +15,13 @@ from pydantic.errors import PydanticUserError
 from pydantic.json_schema import GenerateJsonSchema
 from pydantic_core import to_json
 
-from trimtab.environments.base import Message, Step, ToolCall, VoidEpisode
-from trimtab.environments.tools import Tool, run_tool
+from trimtab.environments.base import Message, Step, VoidEpisode
+from trimtab.environments.tools import Tool, answer_calls, close_tools, distinct, opening
 
-Reward = Callable[[Message], Mapping[str, float] | Awaitable[Mapping[str, float]]]
-"""Takes the message that answers, returns the named parts of its reward; may be a coroutine function."""
+Parts = Mapping[str, float]
+"""The named, unweighted parts of a reward."""
+Reward = Callable[[Message], Parts | Awaitable[Parts]]
+"""Takes the message that answers, returns the parts of its reward; may be a coroutine function."""
 
 _FIELD = "argument_"
 """Before a parameter's name it gives a field that no attribute of a pydantic model has."""
@@ -39,16 +37,34 @@ class FunctionTool:
     model: type[BaseModel]
     function: Callable[..., Any]
 
+    async def call(self, arguments: Mapping[str, Any]) -> str:
+        """The function's result as_text, or "error: ..." when the arguments are wrong or the function raises.
+
+        Raises:
+            VoidEpisode: the function raised it.
+        """
+        try:
+            return as_text(await _invoke(self.function, _validated(self, arguments)))
+        except VoidEpisode:
+            raise
+        except ValidationError as error:
+            return f"error: {_explain(error)}"
+        except ValueError as error:
+            return f"error: {error}"
+        except (Exception, SystemExit) as error:  # the function is a user's code, called with what a model wrote
+            return f"error: {type(error).__name__}: {error}"
+
 
 def tool(function: Callable[..., Any]) -> FunctionTool:
     """A tool from a function, sync or async, whose parameters have type hints and whose docstring says what it does.
 
     The docstring's sections on parameters (Google, NumPy or reST style) describe them; Annotated[int, Field(ge=1)] and
-    the like narrow them. A sync function runs in a thread, so that calls of one message run at the same time.
+    the like narrow them. A sync function runs in a thread, beside the other calls of its message; a coroutine function
+    that awaits nothing runs alone, in the order of the calls.
 
     Raises:
-        ValueError: no name, no docstring, a parameter without a type hint or one that cannot be given by name, a type
-            that JSON cannot express.
+        ValueError: no name, no docstring, a parameter without a type hint or one that cannot be given by name, a hint
+            that is not defined or that JSON cannot express.
 
     >>> def add(a: int, b: int = 1) -> int:
     ...     "Add two numbers."
@@ -74,33 +90,8 @@ def tool(function: Callable[..., Any]) -> FunctionTool:
     return FunctionTool(name, description, parameters, model, function)
 
 
-async def call(tools: Sequence[FunctionTool | Tool], called: ToolCall) -> str:
-    """The result of a call as text, or "error: ..." when the name, the arguments or the tool itself is wrong.
-
-    A text is returned as it is; everything else as JSON where JSON can express it, otherwise by str.
-
-    Raises:
-        VoidEpisode: the tool raised it.
-    """
-    found = next((tool for tool in tools if tool.name == called.name), None)
-    if found is None:
-        return f"error: no tool {called.name}; there are {', '.join(tool.name for tool in tools) or 'none'}"
-    if isinstance(found, Tool):
-        return run_tool([found], called)
-    try:
-        return as_text(await _invoke(found.function, _validated(found, called.arguments)))
-    except VoidEpisode:
-        raise
-    except ValidationError as error:
-        return f"error: {_explain(error)}"
-    except ValueError as error:
-        return f"error: {error}"
-    except (Exception, SystemExit) as error:  # the tool is a user's code, called with what a model wrote
-        return f"error: {type(error).__name__}: {error}"
-
-
 def as_text(result: Any) -> str:
-    """A tool's result as the policy reads it.
+    """A result as the policy reads it: a text as it is, all else as JSON where JSON can express it, otherwise by str.
 
     >>> as_text({"a": [1, 2]})
     '{"a":[1,2]}'
@@ -108,25 +99,15 @@ def as_text(result: Any) -> str:
     return result if isinstance(result, str) else to_json(result, fallback=str, inf_nan_mode="constants").decode()
 
 
-def describe(tools: Sequence[FunctionTool | Tool]) -> str:
-    """The tools for a system prompt: a line for each, with its JSON schema.
-
-    >>> describe([])
-    ''
-    """
-    lines = [f"{tool.name}: {tool.description}\n{json.dumps(tool.parameters, ensure_ascii=False)}" for tool in tools]
-    return "\n".join(["Tools:", *lines]) if lines else ""
-
-
 class ToolEnv:
     """One prompt, tools to find its answer with, and a reward for the answer.
 
-    The calls of one message run at the same time and answer in order. The first message without calls is the answer.
-    With the message at the limit the episode is over: if it still calls, the calls are carried out and the empty
-    message is scored as the answer.
+    The first message without calls is the answer. With the message at the limit the episode is over: if it still calls,
+    the calls are carried out and the empty message is scored as the answer. The tools belong to this episode alone when
+    they hold anything, and are closed with it.
 
     Args:
-        system: the system message; describe(tools) when None, no such message when empty.
+        system: the text of the system message, which offers the tools as well.
         max_messages: assistant messages of one episode.
         max_calls: calls of one message that are carried out.
     """
@@ -134,53 +115,45 @@ class ToolEnv:
     def __init__(
         self,
         prompt: str,
-        tools: Sequence[FunctionTool | Tool],
+        tools: Sequence[Tool],
         reward: Reward,
         *,
-        system: str | None = None,
+        system: str = "",
         max_messages: int = 16,
         max_calls: int = 8,
     ) -> None:
-        names = [tool.name for tool in tools]
-        if len(set(names)) < len(names):
-            raise ValueError(f"every tool needs a name of its own, got {', '.join(names)}")
         if max_messages < 1 or max_calls < 1:
             raise ValueError(f"max_messages and max_calls must be at least 1, got {max_messages} and {max_calls}")
         self.prompt = prompt
-        self.tools = tuple(tools)
+        self.tools = distinct(tools)
         self._reward = reward
-        self._system = describe(tools) if system is None else system
-        self._max_messages = max_messages
+        self._system = system
         self._max_calls = max_calls
-        self._messages = 0
+        self._left = max_messages
 
     async def start(self) -> tuple[Message, ...]:
-        opening = (Message("system", self._system),) if self._system else ()
-        return (*opening, Message("user", self.prompt))
+        return opening(self.prompt, self.tools, self._system)
 
     async def step(self, message: Message) -> Step:
-        self._messages += 1
+        self._left -= 1
         if not message.tool_calls:
-            return Step(rewards=await score(self._reward, message), done=True)
-        texts = await asyncio.gather(*(self._run(i, called) for i, called in enumerate(message.tool_calls)))
-        replies = tuple(Message("tool", text) for text in texts)
-        if self._messages < self._max_messages:
+            return Step(rewards=await named_parts(self._reward(message)), done=True)
+        replies = await answer_calls(self.tools, message.tool_calls, most=self._max_calls)
+        if self._left > 0:
             return Step(replies)
-        return Step(replies, await score(self._reward, Message("assistant")), done=True)
+        return Step(replies, await named_parts(self._reward(Message("assistant"))), done=True)
 
-    async def _run(self, position: int, called: ToolCall) -> str:
-        if position >= self._max_calls:
-            return f"error: at most {self._max_calls} calls at a time"
-        return await call(self.tools, called)
+    async def close(self) -> None:
+        """Close the tools; may be called again."""
+        await close_tools(self.tools)
 
 
-async def score(reward: Reward, message: Message) -> dict[str, float]:
-    """The parts that a reward function, sync or async, gives to a message.
+async def named_parts(parts: Parts | Awaitable[Parts]) -> dict[str, float]:
+    """The parts that a reward function, sync or async, returned.
 
     Raises:
-        ValueError: the result is no mapping of names to finite numbers.
+        ValueError: they are no mapping of names to finite numbers.
     """
-    parts = reward(message)
     if inspect.isawaitable(parts):
         parts = await parts
     if not isinstance(parts, Mapping):
@@ -199,7 +172,10 @@ class _Untitled(GenerateJsonSchema):
 
 
 def _arguments_model(name: str, function: Callable[..., Any], told: Mapping[str, str]) -> type[BaseModel]:
-    hints = typing.get_type_hints(function, include_extras=True)
+    try:
+        hints = typing.get_type_hints(function, include_extras=True)
+    except NameError as error:
+        raise ValueError(f"{name} has a type hint that is not defined where the function is: {error}") from error
     fields: dict[str, Any] = {}
     for parameter in inspect.signature(function).parameters.values():
         if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):

@@ -8,6 +8,7 @@ import asyncio
 import json
 import random
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import verifiers as vf
@@ -15,8 +16,8 @@ from verifiers.types import Response, ResponseMessage
 from verifiers.types import ToolCall as NativeCall
 
 from trimtab.environments.base import Message, Step, ToolCall, VoidEpisode
-from trimtab.environments.functions import describe
 from trimtab.environments.split import is_held_out
+from trimtab.environments.tools import offered
 
 
 class VerifiersTask:
@@ -71,7 +72,7 @@ class VerifiersEnv:
         prompt, tools = asked
         self._seen = len(prompt) + 1
         opening = tuple(map(_message, prompt))
-        return _with_tools(opening, describe(tools))
+        return _with_tools(opening, tools)
 
     async def step(self, message: Message) -> Step:
         assert self._rollout is not None, "start comes before step"
@@ -189,10 +190,10 @@ def _text(content: Any) -> str:
     return "".join(part["text"] for part in parts)
 
 
-def _with_tools(opening: tuple[Message, ...], tools: str) -> tuple[Message, ...]:
-    """The opening with the tools at the end of its system message."""
+def _with_tools(opening: tuple[Message, ...], tools: Sequence[Any]) -> tuple[Message, ...]:
+    """The opening with the tools offered by its system message."""
     if not tools:
         return opening
     if opening and opening[0].role == "system":
-        return Message("system", f"{opening[0].content}\n{tools}"), *opening[1:]
-    return Message("system", tools), *opening
+        return replace(opening[0], tools=offered(tools)), *opening[1:]
+    return Message("system", tools=offered(tools)), *opening

@@ -1,4 +1,4 @@
-"""A code interpreter: a Jupyter kernel in a sandbox, as a tool for the policy, and questions to answer with it."""
+"""A code interpreter: a Jupyter kernel in a sandbox, as a tool for the policy."""
 
 import asyncio
 import os
@@ -8,7 +8,7 @@ import signal
 import sys
 import weakref
 from asyncio.subprocess import Process
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ import zmq.asyncio
 from jupyter_client.asynchronous.client import AsyncKernelClient
 from jupyter_client.connect import write_connection_file
 
-from trimtab.environments.base import Message, Step, ToolCall, VoidEpisode
+from trimtab.environments.base import VoidEpisode
 from trimtab.rewards.sandbox import Limits, launch, scratch, watch
 
 KERNEL_LIMITS = Limits(cpu_seconds=3600, memory_mb=2048, file_mb=256, wall_seconds=120.0)
@@ -36,8 +36,8 @@ _COLOURS = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 _OPTIONS = ("--InteractiveShell.xmode=Plain", "--InteractiveShell.colors=NoColor", "--HistoryManager.enabled=False")
 
 
-class KernelError(Exception):
-    """A kernel did not start: the interpreter is broken, and nothing can be said about the code."""
+class KernelError(VoidEpisode):
+    """A kernel did not start: nothing can be said about the code."""
 
 
 class Interpreter:
@@ -83,16 +83,15 @@ class Interpreter:
     async def __aexit__(self, *_: object) -> None:
         await self.close()
 
-    async def call(self, call: ToolCall) -> str:
-        """The result of a call, or "error: ..." when the name or the arguments are wrong.
+    async def call(self, arguments: Mapping[str, Any]) -> str:
+        """What the code in arguments gives, or "error: ..." when they are something else.
 
         Raises:
             KernelError: the kernel did not start.
+            ValueError: the interpreter is closed.
         """
-        code = call.arguments.get("code")
-        if call.name != self.name:
-            return f"error: no tool {call.name}"
-        if set(call.arguments) != {"code"} or not isinstance(code, str):
+        code = arguments.get("code")
+        if set(arguments) != {"code"} or not isinstance(code, str):
             return "error: python takes code, a string"
         return await self.execute(code)
 
@@ -145,58 +144,6 @@ class Interpreter:
         if self._abandoned is not None:
             self._abandoned.detach()
         await self._stack.aclose()
-
-
-class InterpreterEnv:
-    """A question that may be answered with the help of the interpreter; each turn calls the tool or answers.
-
-    reward takes the final answer's text and the true answer, and returns the named parts. The environment must be
-    closed when an episode ends before the answer: `async with`, or await close().
-    """
-
-    def __init__(
-        self,
-        prompt: str,
-        answer: str,
-        reward: Callable[[str, str], Mapping[str, float]],
-        interpreter: Interpreter,
-        *,
-        system: str = "",
-    ) -> None:
-        self._prompt = prompt
-        self._answer = answer
-        self._reward = reward
-        self._interpreter = interpreter
-        self._system = system
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.close()
-
-    async def start(self) -> tuple[Message, ...]:
-        system = (Message("system", self._system),) if self._system else ()
-        return (*system, Message("user", self._prompt))
-
-    async def step(self, message: Message) -> Step:
-        """Run the calls in their order, or score the answer and close the interpreter.
-
-        Raises:
-            VoidEpisode: the kernel did not start.
-        """
-        if not message.tool_calls:
-            await self.close()
-            return Step(rewards=self._reward(message.content, self._answer), done=True)
-        try:
-            results = [await self._interpreter.call(call) for call in message.tool_calls]
-        except KernelError as error:
-            raise VoidEpisode(str(error)) from error
-        return Step(replies=tuple(Message("tool", result) for result in results))
-
-    async def close(self) -> None:
-        """Kill the kernel and remove its files; may be called again."""
-        await self._interpreter.close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -316,7 +263,7 @@ def _explain(exceeded: str, limits: Limits) -> str:
             return f"more than {limits.processes} processes"
         case "file_mb":
             return f"more than {limits.file_mb} MiB of files"
-    return "the code ended the kernel"
+    return "the code ended the kernel, or used up its memory"
 
 
 def _text(kind: str, content: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Search over a corpus: a BM25 index with tools to search and to open pages, and questions of two hops over a world.
+"""Search over a corpus: a BM25 index with tools to search and to open pages, and questions over a generated world.
 
 An index is built once for a corpus, kept on disk under the hash of its documents, and shared by all episodes. Words are
 runs of letters and digits in lower case; a Chinese or Japanese character is a word of its own.
@@ -19,10 +19,11 @@ import numpy as np
 from pydantic import Field
 
 from trimtab.environments.base import Message, ToolCall
-from trimtab.environments.corpus import Question, generate, sentence
+from trimtab.environments.corpus import Question, World, generate, sentence
 from trimtab.environments.functions import FunctionTool, ToolEnv, tool
 from trimtab.environments.rows import Document, read_documents
 from trimtab.environments.split import is_held_out
+from trimtab.environments.tools import opening
 
 PAGE = 2_000
 """Characters of one page of a document, at most."""
@@ -51,14 +52,16 @@ class SearchIndex:
 
     Args:
         cache: the folder that keeps indices; nothing is kept when None.
+        page: characters of one page of a document, at most.
 
     Raises:
         ValueError: no documents, an id that comes twice, documents without any word.
     """
 
-    def __init__(self, documents: Sequence[Document], *, cache: Path | None = None) -> None:
+    def __init__(self, documents: Sequence[Document], *, cache: Path | None = None, page: int = PAGE) -> None:
         self.documents = tuple(documents)
         self._by_id = {document.id: document for document in self.documents}
+        self._page = page
         if not self.documents:
             raise ValueError("an index needs at least one document")
         if len(self._by_id) < len(self.documents):
@@ -84,7 +87,7 @@ class SearchIndex:
         """
         if id not in self._by_id:
             raise ValueError(f"no document {id!r}; ids come from search")
-        pages = paginate(self._by_id[id].text)
+        pages = paginate(self._by_id[id].text, self._page)
         if not 1 <= page <= len(pages):
             raise ValueError(f"{id} has pages 1 to {len(pages)}, got {page}")
         return pages[page - 1], len(pages)
@@ -121,18 +124,22 @@ def snippet(text: str, asked: Sequence[str]) -> str:
     return " ".join(text[begin : begin + SNIPPET].split())
 
 
-def paginate(text: str) -> list[str]:
-    """A text in pages of at most PAGE characters, cut after a space or line break where there is one; one at least.
+def paginate(text: str, size: int = PAGE) -> list[str]:
+    """A text in pages of at most size characters; one page at least.
+
+    A page ends after a blank line in its second half, else after a space or line break, where there is one.
 
     >>> "".join(paginate("one two " * 700)) == "one two " * 700
     True
     """
     pages, start = [], 0
-    while len(text) - start > PAGE:
-        cut = max(text.rfind(space, start, start + PAGE) for space in " \n") + 1
-        end = cut if cut > start else start + PAGE
-        pages.append(text[start:end])
-        start = end
+    while len(text) - start > size:
+        end = start + size
+        blank = text.rfind("\n\n", start + size // 2, end) + 2
+        space = max(text.rfind(space, start, end) for space in " \n") + 1
+        cut = blank if blank > 1 else space if space > start else end
+        pages.append(text[start:cut])
+        start = cut
     return [*pages, text[start:]]
 
 
@@ -173,11 +180,28 @@ def search_tools(index: SearchIndex) -> tuple[FunctionTool, FunctionTool]:
 
 
 class SearchTask:
-    """Two-hop questions over the world of a seed. Reward part "outcome": 1.0 for exactly the answer, else 0.0."""
+    """Questions over the world of a seed. Reward part "outcome": 1.0 for exactly the answer, else 0.0.
 
-    def __init__(self, *, seed: int = 0, max_messages: int = 12, cache: Path | None = None) -> None:
+    Args:
+        ask: draws a question; two hops by default. World.total and more hops take more pages.
+        filler: characters around each fact (World.documents), which make pages long.
+        page: characters of one page, at most.
+        max_messages: assistant messages of one episode.
+    """
+
+    def __init__(
+        self,
+        *,
+        seed: int = 0,
+        ask: Callable[[World, random.Random], Question] = World.question,
+        filler: int = 0,
+        page: int = PAGE,
+        max_messages: int = 12,
+        cache: Path | None = None,
+    ) -> None:
         self.world = generate(seed)
-        self.index = SearchIndex(self.world.documents(), cache=cache)
+        self.index = SearchIndex(self.world.documents(filler=filler), cache=cache, page=page)
+        self._ask = ask
         self._tools = search_tools(self.index)
         self._max_messages = max_messages
 
@@ -190,24 +214,35 @@ class SearchTask:
         return lambda: ToolEnv(question.text, self._tools, reward, system=SYSTEM, max_messages=self._max_messages)
 
     def demonstrate(self, rng: random.Random) -> tuple[Message, ...]:
-        """A question answered by searching and opening the start's page and then the bridge's."""
+        """A question answered by searching each of its entities and reading on until the fact is found."""
         question = self._draw(rng, held_out=False)
-        messages = [Message("system", SYSTEM), Message("user", question.text)]
-        for entity, relation in zip((question.start, question.bridge), question.relations, strict=True):
+        messages = list(opening(question.text, self._tools, SYSTEM))
+        facts = []
+        for entity, relation in zip(question.entities, question.relations, strict=True):
             looked = f"I look for {entity.name}."
             messages += _say(looked, "search", {"query": entity.name}, search_text(self.index, entity.name))
-            messages += _say("I open the page.", "open", {"id": entity.id}, page_text(self.index, entity.id))
-            thought = sentence(entity, relation)
-        return (*messages, Message("assistant", question.answer, thought))
+            facts.append(sentence(entity, relation))
+            messages += self._read(entity.id, facts[-1])
+        return (*messages, Message("assistant", question.answer, " ".join(facts)))
+
+    def _read(self, id: str, fact: str) -> list[Message]:
+        messages, page, result = list[Message](), 0, ""
+        while fact not in result:
+            page += 1
+            thought = "I open the page." if page == 1 else "I read on."
+            arguments = {"id": id} if page == 1 else {"id": id, "page": page}
+            result = page_text(self.index, id, page)
+            messages += _say(thought, "open", arguments, result)
+        return messages
 
     def _draw(self, rng: random.Random, *, held_out: bool) -> Question:
         while True:
-            question = self.world.question(rng)
+            question = self._ask(self.world, rng)
             if is_held_out(question.text) == held_out:
                 return question
 
 
-SYSTEM = "Tools: search(query, k), open(id, page). Answer with nothing but the name or number that was asked for."
+SYSTEM = "Answer with nothing but the name or number that was asked for."
 
 
 def _say(reasoning: str, name: str, arguments: Mapping[str, Any], result: str) -> tuple[Message, Message]:

@@ -1,13 +1,19 @@
-"""Tools that an environment lends to the policy. What the policy gets wrong comes back as text, not as an exception."""
+"""What a tool is, and the tools of the agent tasks: a calculator and a key-value store.
+
+What the policy gets wrong comes back as text, never as an exception; only VoidEpisode, with which a tool says that
+nothing can be said about the episode, passes through.
+"""
 
 import ast
+import asyncio
 import operator
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
+from typing import Any, Protocol
 
-from trimtab.environments.base import ToolCall
+from trimtab.environments.base import Message, ToolCall
 
 MAX_EXPRESSION = 64
 """Characters of an expression, at most; bounds the depth of its tree."""
@@ -23,9 +29,89 @@ _OPERATORS: Mapping[type[ast.operator], Callable[[Fraction, Fraction], Fraction]
 _JSON_TYPES = {"string": str, "integer": int}
 
 
+class Tool(Protocol):
+    """What an environment lends to the policy. A tool that holds a resource also has an async close()."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def description(self) -> str: ...
+
+    @property
+    def parameters(self) -> Mapping[str, Any]:
+        """The JSON schema of the arguments, an object."""
+
+    async def call(self, arguments: Mapping[str, Any]) -> str:
+        """The result as text, or "error: ..." for what the policy got wrong.
+
+        Raises:
+            VoidEpisode: the tool is broken.
+        """
+
+
+async def call(tools: Sequence[Tool], called: ToolCall) -> str:
+    """What the called tool answers; "error: ..." when there is none of that name. Code points that are no text are "?".
+
+    Raises:
+        VoidEpisode: the tool raised it.
+    """
+    found = next((tool for tool in tools if tool.name == called.name), None)
+    if found is None:
+        return f"error: no tool {called.name}; there are {', '.join(tool.name for tool in tools) or 'none'}"
+    return (await found.call(called.arguments)).encode(errors="replace").decode()
+
+
+async def answer_calls(tools: Sequence[Tool], calls: Sequence[ToolCall], *, most: int) -> tuple[Message, ...]:
+    """The tool messages for the calls of one message, in their order; the calls run at the same time, at most so many.
+
+    Raises:
+        VoidEpisode: a tool raised it; the other calls are cancelled.
+    """
+    tasks = [asyncio.create_task(call(tools, called)) for called in calls[:most]]
+    try:
+        texts = await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+    left_out = [f"error: at most {most} calls at a time"] * len(calls[most:])
+    return tuple(Message("tool", text) for text in (*texts, *left_out))
+
+
+async def close_tools(tools: Sequence[Tool]) -> None:
+    """Close the tools that have a close(), all of them even if one fails."""
+    async with AsyncExitStack() as stack:
+        for tool in tools:
+            if close := getattr(tool, "close", None):
+                stack.push_async_callback(close)
+
+
+def distinct(tools: Sequence[Tool]) -> tuple[Tool, ...]:
+    """The tools, each with a name of its own.
+
+    Raises:
+        ValueError: two have the same name.
+    """
+    names = [tool.name for tool in tools]
+    if len(set(names)) < len(names):
+        raise ValueError(f"every tool needs a name of its own, got {', '.join(names)}")
+    return tuple(tools)
+
+
+def opening(prompt: str, tools: Sequence[Tool], system: str = "") -> tuple[Message, ...]:
+    """How an episode opens: a system message with its text and the tools, unless it would be empty, and the prompt."""
+    first = (Message("system", system, tools=offered(tools)),) if system or tools else ()
+    return (*first, Message("user", prompt))
+
+
+def offered(tools: Sequence[Any]) -> tuple[Mapping[str, Any], ...]:
+    """Anything with name, description and parameters as a message offers it."""
+    return tuple({"name": tool.name, "description": tool.description, "parameters": tool.parameters} for tool in tools)
+
+
 @dataclass(frozen=True, slots=True)
-class Tool:
-    """A function with a description for the policy.
+class PlainTool:
+    """A function of texts and integers that answers at once.
 
     parameters is a JSON schema of an object; its properties, all required, are of type string or integer. function
     takes them by name, returns a text, and raises ValueError for arguments it cannot use.
@@ -36,17 +122,22 @@ class Tool:
     parameters: Mapping[str, Any]
     function: Callable[..., str]
 
+    async def call(self, arguments: Mapping[str, Any]) -> str:
+        return self.run(arguments)
 
-def run_tool(tools: Sequence[Tool], call: ToolCall) -> str:
+    def run(self, arguments: Mapping[str, Any]) -> str:
+        """The result, or "error: ..." for arguments that are wrong."""
+        try:
+            _check_arguments(self, arguments)
+            return self.function(**arguments)
+        except ValueError as error:  # a call is model output: the policy reads what was wrong with it
+            return f"error: {error}"
+
+
+def run_tool(tools: Sequence[PlainTool], call: ToolCall) -> str:
     """The result of a call, or "error: ..." when the name or the arguments are wrong."""
-    try:
-        tool = next((tool for tool in tools if tool.name == call.name), None)
-        if tool is None:
-            raise ValueError(f"no tool {call.name}")
-        _check_arguments(tool, call.arguments)
-        return tool.function(**call.arguments)
-    except ValueError as error:  # a call is model output: the policy reads what was wrong with it
-        return f"error: {error}"
+    found = next((tool for tool in tools if tool.name == call.name), None)
+    return f"error: no tool {call.name}" if found is None else found.run(call.arguments)
 
 
 def calculate(expression: str) -> str:
@@ -67,7 +158,7 @@ def calculate(expression: str) -> str:
         raise ValueError(reason) from error
 
 
-CALCULATE = Tool(
+CALCULATE = PlainTool(
     name="calculate",
     description="Compute an expression of integers, + - * / and parentheses.",
     parameters={"type": "object", "properties": {"expression": {"type": "string"}}, "required": ["expression"]},
@@ -75,7 +166,7 @@ CALCULATE = Tool(
 )
 
 
-def store_tools(store: dict[str, int]) -> tuple[Tool, Tool]:
+def store_tools(store: dict[str, int]) -> tuple[PlainTool, PlainTool]:
     """Tools get(key) and put(key, value) that read and change store."""
 
     def get(key: str) -> str:
@@ -91,13 +182,13 @@ def store_tools(store: dict[str, int]) -> tuple[Tool, Tool]:
 
     key, value = {"type": "string"}, {"type": "integer"}
     return (
-        Tool(
+        PlainTool(
             name="get",
             description="Read the value of a key.",
             parameters={"type": "object", "properties": {"key": key}, "required": ["key"]},
             function=get,
         ),
-        Tool(
+        PlainTool(
             name="put",
             description="Set the value of a key.",
             parameters={"type": "object", "properties": {"key": key, "value": value}, "required": ["key", "value"]},
@@ -106,7 +197,7 @@ def store_tools(store: dict[str, int]) -> tuple[Tool, Tool]:
     )
 
 
-def _check_arguments(tool: Tool, arguments: Mapping[str, Any]) -> None:
+def _check_arguments(tool: PlainTool, arguments: Mapping[str, Any]) -> None:
     properties = tool.parameters["properties"]
     if set(arguments) != set(properties):
         raise ValueError(f"{tool.name} takes {', '.join(properties)}")

@@ -14,6 +14,8 @@ USAGE = f"""usage: trimtab COMMAND
   trimtab train RECIPE [--option value ...]   start a run; RECIPE is {", ".join(sorted(RECIPES))} or path.py:function
   trimtab train RECIPE --help                 every option with its default
   trimtab train runs/NAME --resume            continue a run
+  trimtab judge-eval FILE --model NAME [--base-url URL] [--option value ...]   a judge against labels; --help: options
+  trimtab judge-eval --generate FILE          write labelled answers to try it with
   trimtab doctor [--json]                     what this machine can run, and why not"""
 
 
@@ -27,6 +29,8 @@ def main(argv: list[str] | None = None) -> int:
             except KeyboardInterrupt:
                 print("trimtab: stopped at once; what was not saved is lost", file=sys.stderr)
                 return 130
+        case ["judge-eval", *options] if options:
+            return _judge_eval(options)
         case ["doctor"] | ["doctor", "--json"]:
             from trimtab.grpo.doctor import doctor
 
@@ -58,6 +62,18 @@ def _train(target: str, options: list[str]) -> int:
     except OSError as error:
         print(f"trimtab: {error}; checkpoints are whole, go on with: trimtab train {folder} --resume", file=sys.stderr)
         return 1
+
+
+def _judge_eval(options: list[str]) -> int:
+    from trimtab.grpo.judge_eval import Generate, JudgeEval, judge_eval, write_labelled
+
+    try:
+        if options[0] == "--generate":
+            write_labelled(tyro.cli(Generate, args=options[1:], prog="trimtab judge-eval --generate"))
+            return 0
+        return judge_eval(tyro.cli(JudgeEval, args=options, prog="trimtab judge-eval"))
+    except ValueError as error:
+        return _fail(str(error))
 
 
 def _name(target: str) -> str:

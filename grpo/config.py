@@ -1,15 +1,53 @@
 """A run as one tree of frozen dataclasses. Derived values are properties, never fields. Imports no torch."""
 
+import hashlib
 import importlib
+import importlib.util
 import json
 import math
+import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
+from trimtab.rewards.types import GroupReward, ProcessReward
+from trimtab.rollout.context import ContextPolicy
 from trimtab.rollout.types import Sampling
+
+
+def load(path: str) -> Any:
+    """What an import path leads to: module:name, or path/to/file.py:name. A file is run once.
+
+    Raises:
+        ValueError: it leads nowhere.
+    """
+    module, _, name = path.rpartition(":")
+    try:
+        found = _load_file(Path(module)) if module.endswith(".py") else importlib.import_module(module)
+        return getattr(found, name)
+    except (ImportError, AttributeError, FileNotFoundError, ValueError) as error:
+        raise ValueError(
+            f"an import path is module:name or path/to/file.py:name, and both must exist; got {path!r} ({error})"
+        ) from error
+
+
+def _load_file(file: Path) -> ModuleType:
+    file = file.resolve()
+    key = f"trimtab_file_{hashlib.sha256(str(file).encode()).hexdigest()[:16]}"
+    if key not in sys.modules:
+        spec = importlib.util.spec_from_file_location(key, file)
+        assert spec and spec.loader
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[key] = module  # dataclasses look their module up
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[key]
+            raise
+    return sys.modules[key]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,7 +79,8 @@ class Domain:
     """One kind of task in the mixture."""
 
     task: str
-    """Import path of a Task class, as module:Name; it may take a keyword argument `judge`."""
+    """Import path of a Task class, as module:Name or path/to/file.py:Name. Its constructor may name services: `judge`
+    (rewards.rubric.Judge) and `grade` (rewards.rubric.Grader)."""
     score: str = "outcome"
     """The reward part that held-out scores report."""
     prompts: int = 8
@@ -50,19 +89,36 @@ class Domain:
     """Examples in the cold start, relative to the other domains'."""
     weights: dict[str, float] = field(default_factory=lambda: {"outcome": 1.0})
     """Weight of each named reward part; parts that are not named are logged but do not train."""
+    group_rewards: dict[str, str] = field(default_factory=dict)
+    """Import paths of the parts that compare the episodes of a group (rewards/types.py: GroupReward), by name."""
+    process_rewards: dict[str, str] = field(default_factory=dict)
+    """Import paths of the parts that score an episode's segments (rewards/types.py: ProcessReward), by name."""
     loss: LossSettings = field(default_factory=LossSettings)
+    length: Literal["overlong", "relative", "kimi"] = "overlong"
+    """How the reward part `length` comes from the sampled tokens of an episode: beyond a limit, or relative to its
+    group, where an episode is correct if its score part is at least 1 (rewards/length.py)."""
     length_soft: int = 96
-    """Sampled tokens of an episode above which the reward part `length` falls below 0 ..."""
+    """Sampled tokens above which an overlong episode falls below 0 ..."""
     length_hard: int = 192
     """... and at which it reaches -1."""
     thinking: bool = True
     """The policy reasons before it answers."""
+    context: ContextPolicy = field(default_factory=ContextPolicy)
+    max_turns: int = 16
+    """Assistant messages of an episode, at most."""
 
     def __post_init__(self) -> None:
         if self.prompts < 1:
             raise ValueError(f"prompts must be at least 1, got {self.prompts}")
+        if self.max_turns < 1:
+            raise ValueError(f"max_turns must be at least 1, got {self.max_turns}")
         if not 0 < self.length_soft < self.length_hard:
             raise ValueError(f"length_soft must lie in (0, length_hard), got {self.length_soft} of {self.length_hard}")
+
+        if "length" in {*self.group_rewards, *self.process_rewards}:
+            raise ValueError("the reward part 'length' is the length penalty's; give yours another name")
+        if both := self.group_rewards.keys() & self.process_rewards.keys():
+            raise ValueError(f"the reward part {min(both)!r} is a group's and a segment's; rename one of them")
 
     def load_task(self, **services: Any) -> Any:
         """Make the Task, handing it those services that its constructor names.
@@ -70,13 +126,32 @@ class Domain:
         Raises:
             ValueError: the import path leads nowhere.
         """
-        module, _, name = self.task.partition(":")
-        try:
-            task = getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError) as error:
-            raise ValueError(f"task must be an import path module:Name, got {self.task!r} ({error})") from error
-        wanted = getattr(task.__init__, "__annotations__", {})
-        return task(**{key: value for key, value in services.items() if key in wanted})
+        return load(self.task)(**{key: value for key, value in services.items() if key in self.services})
+
+    @property
+    def services(self) -> frozenset[str]:
+        """What the constructor of the Task names.
+
+        Raises:
+            ValueError: the import path leads nowhere.
+        """
+        return frozenset(getattr(load(self.task).__init__, "__annotations__", {}))
+
+    def load_group_rewards(self) -> dict[str, GroupReward]:
+        """The group rewards by part.
+
+        Raises:
+            ValueError: an import path leads nowhere.
+        """
+        return {part: load(path) for part, path in self.group_rewards.items()}
+
+    def load_process_rewards(self) -> dict[str, ProcessReward]:
+        """The process rewards by part.
+
+        Raises:
+            ValueError: an import path leads nowhere.
+        """
+        return {part: load(path) for part, path in self.process_rewards.items()}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -132,6 +207,33 @@ class Rollout:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Judge:
+    """The model that judges for tasks that ask for one: an engine of our own, or an endpoint where model is set."""
+
+    checkpoint: str = ""
+    """Folder of the frozen judge; empty: the checkpoint the run starts from."""
+    model: str = ""
+    """Name of a model behind an OpenAI-compatible endpoint, which then judges."""
+    base_url: str = ""
+    """Where the endpoint is, such as http://localhost:8000/v1; empty: OPENAI_BASE_URL, or OpenAI's own."""
+    key_variable: str = "OPENAI_API_KEY"
+    """Environment variable that holds the endpoint's key."""
+    max_tokens: int = 1024
+    """Tokens of one reply with verdicts on a whole rubric, reasoning included."""
+    at_once: int = 32
+    """Requests to the endpoint under way."""
+
+    def __post_init__(self) -> None:
+        if self.checkpoint and self.model:
+            raise ValueError(f"a judge is a checkpoint or a model, got {self.checkpoint!r} and {self.model!r}")
+        if self.base_url and not self.model:
+            raise ValueError(f"the endpoint {self.base_url} needs the name of its model: judge.model")
+        for name in ("max_tokens", "at_once"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"judge.{name} must be at least 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Config:
     """A whole run."""
 
@@ -140,8 +242,7 @@ class Config:
     """Folder of the run; empty: runs/RECIPE-DATE-TIME."""
     model: str = ""
     """Checkpoint folder (transformers format) to start from; empty: the cold start makes one, once."""
-    judge: str = ""
-    """Checkpoint folder of the frozen judge; empty: the checkpoint the run starts from."""
+    judge: Judge = field(default_factory=Judge)
     cold_start: ColdStart = field(default_factory=ColdStart)
     rollout: Rollout = field(default_factory=Rollout)
     sampling: Sampling = field(default_factory=Sampling)

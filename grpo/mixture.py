@@ -1,21 +1,19 @@
 """The mixture of domains: which tasks are drawn at which step, and how they are played."""
 
-import asyncio
 import hashlib
 import random
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
-from trimtab.environments.base import Env, Message, Task
+from trimtab.environments.base import Env, Task
 from trimtab.grpo.config import Config, Domain
-from trimtab.rewards.length import overlong_penalty
-from trimtab.rewards.rubric import Judge
-from trimtab.rollout.chat import Chat
-from trimtab.rollout.play import Generate, play_group
-from trimtab.rollout.types import Group, Request, Sampling
-
-JUDGE_SAMPLING = Sampling(temperature=1.0, top_p=1.0, top_k=1, max_tokens=32)  # greedy: the best id is kept alone
+from trimtab.rewards.length import by_group, kimi_length_rewards, overlong_penalty, relative_penalties
+from trimtab.rewards.types import Answer, GroupReward
+from trimtab.rollout import play
+from trimtab.rollout.context import Format
+from trimtab.rollout.types import Group
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,13 +37,15 @@ class Played:
     """Why each episode with an incomplete recording was refused."""
 
 
-def load_tasks(config: Config, judge: Judge) -> dict[str, Task]:
-    """The task of each domain.
+def load_tasks(config: Config, **services: Any) -> dict[str, Task]:
+    """The task of each domain, with those services that it names.
 
     Raises:
-        ValueError: an import path leads nowhere.
+        ValueError: an import path leads nowhere, of a task or of a reward.
     """
-    return {name: domain.load_task(judge=judge) for name, domain in config.domains.items()}
+    for domain in config.domains.values():
+        rules(config, domain)
+    return {name: domain.load_task(**services) for name, domain in config.domains.items()}
 
 
 def draw_step(config: Config, tasks: Mapping[str, Task], step: int) -> list[Draw]:
@@ -77,30 +77,59 @@ def stable_seed(*parts: object) -> int:
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4]) >> 1
 
 
-async def play_draws(draws: Iterable[Draw], config: Config, generate: Generate, chat: Chat, group_size: int) -> Played:
+async def play_draws(
+    draws: Iterable[Draw], config: Config, generate: play.Generate, chat: Format, group_size: int
+) -> Played:
     """Play all groups at once; the engines batch whatever is in flight."""
-    played = await asyncio.gather(*(_play(draw, config, generate, chat, group_size) for draw in draws))
+    by_domain = {name: rules(config, domain) for name, domain in config.domains.items()}
+    played = await play.gather(
+        play.play_group(
+            draw.make_env,
+            name=draw.name,
+            domain=draw.domain,
+            group_size=group_size,
+            generate=generate,
+            chat=chat,
+            rules=by_domain[draw.domain],
+            seed=draw.seed,
+        )
+        for draw in draws
+    )
     refused = tuple(reason for one in played for reason in one.refused)
     groups = tuple(one.group for one in played if one.group is not None)
     return Played(groups, sum(one.voided for one in played), refused)
 
 
-def _play(draw: Draw, config: Config, generate: Generate, chat: Chat, group_size: int):
-    domain = config.domains[draw.domain]
-    return play_group(
-        draw.make_env,
-        name=draw.name,
-        domain=draw.domain,
-        group_size=group_size,
-        generate=generate,
-        chat=chat,
+def rules(config: Config, domain: Domain) -> play.Rules:
+    """How a domain is played and scored.
+
+    Raises:
+        ValueError: the import path of a reward leads nowhere.
+    """
+    return play.Rules(
         sampling=config.sampling,
-        weigh=partial(weigh, domain),
         max_len=config.rollout.max_len,
-        seed=draw.seed,
-        length_penalty=partial(overlong_penalty, soft=domain.length_soft, hard=domain.length_hard),
+        weigh=partial(weigh, domain),
+        group_rewards={"length": length_reward(domain), **domain.load_group_rewards()},
+        process_rewards=domain.load_process_rewards(),
+        context=domain.context,
         thinking=domain.thinking,
+        max_turns=domain.max_turns,
     )
+
+
+def length_reward(domain: Domain) -> GroupReward:
+    """The part "length" of a group; an episode that never earned the score part counts as wrong."""
+    if domain.length == "overlong":
+        penalty = partial(overlong_penalty, soft=domain.length_soft, hard=domain.length_hard)
+        return lambda answers: [penalty(answer.length) for answer in answers]
+    form = relative_penalties if domain.length == "relative" else kimi_length_rewards
+    compared = by_group(form, part=domain.score)
+
+    def reward(answers: Sequence[Answer]) -> Sequence[float]:
+        return compared([replace(answer, rewards={domain.score: 0.0, **answer.rewards}) for answer in answers])
+
+    return reward
 
 
 def weigh(domain: Domain, parts: Mapping[str, float]) -> float:
@@ -125,16 +154,3 @@ def scores(groups: Iterable[Group], config: Config) -> dict[str, float]:
         part = config.domains[group.domain].score
         values[group.domain] += [episode.rewards.get(part, 0.0) for episode in group.episodes]
     return {name: sum(v) / max(len(v), 1) for name, v in values.items()}
-
-
-def make_judge(generate: Generate, chat: Chat) -> Judge:
-    """A judge that asks a frozen policy, which thinks first and answers greedily."""
-
-    async def judge(prompt: str) -> str:
-        conversation = chat.conversation((Message("user", prompt),), thinking=True)
-        name = f"judge-{stable_seed(prompt)}"
-        request = Request(name=name, prompt_ids=conversation.prompt_ids(), sampling=JUDGE_SAMPLING)
-        (completion,) = await generate(request)
-        return chat.parse(completion.token_ids, thinking=True).content
-
-    return judge

@@ -1,10 +1,8 @@
 """Named runs. A recipe is a function without arguments that returns a complete Config."""
 
-import importlib.util
 from collections.abc import Callable
-from pathlib import Path
 
-from trimtab.grpo.config import Config, Domain, LossSettings
+from trimtab.grpo.config import Config, Domain, LossSettings, load
 
 
 def quickstart() -> Config:
@@ -51,13 +49,7 @@ def find_recipe(name: str) -> Callable[[], Config]:
     if not file.endswith(".py"):
         known = ", ".join(sorted(RECIPES))
         raise ValueError(f"no recipe named {name!r}; known: {known}, or give your own as path/to/file.py:function")
-    if not Path(file).is_file():
-        raise ValueError(f"the recipe file {file} does not exist")
-    spec = importlib.util.spec_from_file_location("trimtab_user_recipe", file)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    recipe = getattr(module, function, None)
+    recipe = load(name)
     if not callable(recipe):
         raise ValueError(f"{file} has no function named {function!r}")
     return recipe

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from trimtab.environments.base import Message
 from trimtab.grpo.config import Config
 from trimtab.rollout.types import Group
 
@@ -82,7 +83,10 @@ class RunFolder:
                     "ended": episode.ended,
                     "sampled_tokens": sum(len(segment.logp) for segment in episode.segments),
                     "segments": len(episode.segments),
-                    "messages": [asdict(message) for message in episode.messages],
+                    "resets": episode.resets,
+                    "process": dict(episode.process),
+                    "notes": dict(episode.notes),
+                    "messages": [_said(message) for message in episode.messages],
                 },
                 ensure_ascii=False,
             )
@@ -138,6 +142,11 @@ def replace_text(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text)
     os.replace(partial, path)
+
+
+def _said(message: Message) -> dict[str, Any]:
+    """A message without what it leaves empty."""
+    return {key: value for key, value in asdict(message).items() if value or key in ("role", "content")}
 
 
 def _step_of(file: Path) -> int:

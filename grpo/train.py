@@ -18,27 +18,18 @@ import torch
 from accelerate import Accelerator
 from rich.console import Console
 
+from trimtab.grpo import judging
 from trimtab.grpo.batch import trajectories
 from trimtab.grpo.cold_start import cold_start
 from trimtab.grpo.config import Config
 from trimtab.grpo.display import LiveTable, held_out_table
-from trimtab.grpo.mixture import (
-    Draw,
-    Played,
-    draw_held_out,
-    draw_step,
-    load_tasks,
-    make_judge,
-    part_means,
-    play_draws,
-    scores,
-)
+from trimtab.grpo.mixture import Draw, Played, draw_held_out, draw_step, load_tasks, part_means, play_draws, scores
 from trimtab.grpo.policy import check_checkpoint, load_policy
 from trimtab.grpo.run import RunFolder, replace_text, step_of_checkpoint
 from trimtab.grpo.trainer import Trainer
-from trimtab.rollout.chat import Chat
 from trimtab.rollout.engine import EngineConfig
 from trimtab.rollout.pool import Pool, gpu_share
+from trimtab.rollout.template import load_format
 
 HELD_OUT_SAMPLES = 4
 INTERRUPTED = 130  # the shell's code for Ctrl-C
@@ -50,18 +41,14 @@ def prepare(config: Config, path: Path, *, resume: bool) -> "Run":
     Raises:
         ValueError: a checkpoint, task or run folder that is missing or unfit.
     """
-    for checkpoint in filter(None, (config.model, config.judge)):
+    for checkpoint in filter(None, (config.model, config.judge.checkpoint)):
         check_checkpoint(Path(checkpoint))
-    load_tasks(config, judge=_no_judge)
+    load_tasks(config, **dict.fromkeys(judging.SERVICES))
     if resume:
         RunFolder.open(path).latest_checkpoint()
     elif path.exists():
         raise ValueError(f"{path} exists already; continue it with `trimtab train {path} --resume`")
     return Run(config, path, resume)
-
-
-async def _no_judge(prompt: str) -> str:
-    raise AssertionError(f"nothing is judged before the run starts, got {prompt!r}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +69,7 @@ class Run:
             folder = RunFolder.open(self.path) if self.resume else RunFolder.create(self.path, config)
             console.print(f"run: {folder.path}")
             trainer, first = load_trainer(config, folder, resume=self.resume)
-            players = stack.enter_context(Players.start(config, trainer, first))
+            players = stack.enter_context(Players.start(config, folder, trainer, first))
             if first == 0:
                 save_held_out(folder, before=players.held_out())
             table = stack.enter_context(LiveTable(list(config.domains), config.steps, console))
@@ -116,37 +103,42 @@ def one_step(config: Config, folder: RunFolder, trainer: Trainer, players: "Play
     metrics["seconds_sync"] = time.perf_counter() - synchronised
     metrics["seconds"] = time.perf_counter() - started
     metrics["engine_restarts"] = players.pool.restarts
+    metrics |= players.judge.metrics() if players.judge else {}
     folder.log(metrics)
     trainer.accelerator.log(metrics, step=step)
     return metrics
 
 
 class Players:
-    """The engines that sample, the engine that judges, and the tasks they play."""
+    """The engines that sample, the model that judges, and the tasks they play."""
 
-    def __init__(self, config: Config, pool: Pool, judge_pool: Pool, runner: asyncio.Runner):
-        self._config, self.pool, self._judge_pool, self._runner = config, pool, judge_pool, runner
-        self._chat = Chat.load(config.model)
-        self.tasks = load_tasks(config, judge=make_judge(judge_pool.generate, self._chat))
+    def __init__(self, config: Config, pool: Pool, judge: judging.Judging | None, runner: asyncio.Runner):
+        self._config, self.pool, self.judge, self._runner = config, pool, judge, runner
+        self._chat = load_format(config.model)
+        self.tasks = load_tasks(config, **(judge.services if judge else {}))
 
     @classmethod
     @contextmanager
-    def start(cls, config: Config, trainer: Trainer, version: int) -> Iterator["Players"]:
-        """Start the engines; the sampling ones get the trainer's weights."""
+    def start(cls, config: Config, folder: RunFolder, trainer: Trainer, version: int) -> Iterator["Players"]:
+        """Start the engines, a judge's only if a task asks for one; those that sample get the trainer's weights."""
         with ExitStack() as stack:
             runner = stack.enter_context(asyncio.Runner())
-            judge_config = engine_config(config, config.judge or config.model)
+            judges = judging.is_needed(config)
+            engine_judges = judges and not config.judge.model
             share = config.rollout.gpus_per_actor
-            share = gpu_share(config.rollout.actors + 1) if share is None else share
+            share = gpu_share(config.rollout.actors + engine_judges) if share is None else share
             pool = Pool(engine_config(config, config.model), config.rollout.actors, share)
             stack.callback(pool.close)
-            judge_pool = Pool(judge_config, 1, share)
-            stack.callback(judge_pool.close)
+            judge = None
+            if engine_judges:
+                settings = engine_config(config, config.judge.checkpoint or config.model)
+                judge = stack.enter_context(judging.engine(config, settings, share))
+            elif judges:
+                judge = stack.enter_context(judging.endpoint(config, folder.path))
             pool.wait_until_ready()
-            judge_pool.wait_until_ready()
             if version:
                 pool.load_weights(trainer.weights(), version)
-            yield cls(config, pool, judge_pool, runner)
+            yield cls(config, pool, judge, runner)
 
     def play(self, draws: list[Draw], group_size: int) -> Played:
         return self._runner.run(play_draws(draws, self._config, self.pool.generate, self._chat, group_size))
@@ -230,6 +222,7 @@ def rollout_metrics(played: Played, config: Config, seconds: float) -> dict[str,
         "sampled_tokens": len(kept),
         "truncated": float(np.mean([episode.ended == "length" for episode in episodes])),
         "malformed": float(np.mean([episode.ended == "malformed" for episode in episodes])),
+        "resets": float(np.mean([len(episode.resets) for episode in episodes])),
         "seconds_rollout": seconds,
         "rollout_tokens_per_s": len(kept) / seconds,
     }

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from trimtab.rewards.format import fits_schema, has_sections, is_json
-from trimtab.rewards.language import Language, language_consistency
+from trimtab.rewards.language import NAMES, Language, language_consistency
 from trimtab.rewards.types import Check
 
 _WORD = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff]|(?:(?![\u3400-\u4dbf\u4e00-\u9fff])\w)+(?:['\u2019.,-]\w+)*")
@@ -184,8 +184,7 @@ def in_language(*, language: Language, share: float = 0.9) -> Constraint:
         found = language_consistency(answer, language)
         return _check(found >= share, f"{found:.0%} of the words are in {language}")
 
-    names: Mapping[str, str] = {"en": "English", "zh": "Chinese"}
-    return Constraint(f"Write in {names.get(language, language)}.", check)
+    return Constraint(f"Write in {NAMES[language]}.", check)
 
 
 def json_only(*, schema: Mapping[str, Any] | None = None) -> Constraint:

@@ -11,7 +11,8 @@ from trimtab.rewards.answers import alternatives, boxed, final_answer, normalise
 _WORD = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff]|(?:(?![\u3400-\u4dbf\u4e00-\u9fff])\w)+")
 _MARKUP_NAMES = "verdict|judge|judgment|judgement|score|rating|grade|rationale|criterion|criteria|evaluation"
 _ROLE_TOKEN = re.compile(
-    r"<[|\uff5c][^<>\n]{1,40}[|\uff5c]>|\[/?INST\]|<</?SYS>>|</?(?:system|assistant|user)>", re.IGNORECASE
+    r"<[|\uff5c][^<>\n]{1,40}[|\uff5c]>|\uff5cDSML\uff5c|\[/?INST\]|<</?SYS>>|</?(?:system|assistant|user)>",
+    re.IGNORECASE,
 )
 _VERDICT = re.compile(
     rf"</?\s*(?:{_MARKUP_NAMES})\b[^<>\n]*>"

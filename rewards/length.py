@@ -25,7 +25,7 @@ def overlong_penalty(length: int, *, soft: int, hard: int) -> float:
         raise ValueError(
             f"the soft limit must lie in [0, hard): lower soft or raise hard, got soft {soft}, hard {hard}"
         )
-    return -min(max(length - soft, 0) / (hard - soft), 1.0)
+    return 0.0 - min(max(length - soft, 0) / (hard - soft), 1.0)  # not -0.0, which logs would show
 
 
 def kimi_length_rewards(lengths: Sequence[int], correct: Sequence[bool]) -> tuple[float, ...]:

@@ -1,9 +1,14 @@
-"""Rubrics: an answer earns the weighted share of the criteria that a judge finds satisfied."""
+"""Rubrics: an answer earns the weighted share of the criteria that a judge finds satisfied.
+
+Here a judge is asked for one yes or no a criterion, which a small model can learn to say; verdicts.py asks for all
+verdicts of an answer at once, with reasons.
+"""
 
 import asyncio
 import math
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 Judge = Callable[[str], Awaitable[str]]
 """Takes the text of a prompt, returns the text of a verdict."""
@@ -18,14 +23,17 @@ class Criterion:
     """One demand on an answer.
 
     text completes the question "Does it ...?" and is shown to the judge; check, where the demand can be checked by
-    a program, is the truth that verdicts are compared with.
+    a program, is the truth that verdicts are compared with; name is what criteria of the same kind share in reports.
     """
 
     text: str
     weight: float = 1.0
     check: Callable[[str], bool] | None = None
+    name: str = ""
 
     def __post_init__(self) -> None:
+        if not self.text.strip():
+            raise ValueError("the text of a criterion must not be empty")
         if not (math.isfinite(self.weight) and self.weight > 0):
             raise ValueError(f"the weight of criterion {self.text!r} must be above 0, got {self.weight}")
 
@@ -43,11 +51,13 @@ class Rubric:
 
 @dataclass(frozen=True, slots=True)
 class RubricScore:
-    """Verdicts by criterion, and the truth of the criteria that have a check (None without one)."""
+    """Verdicts by criterion, with the judge's reasons where it gave any."""
 
     rubric: Rubric
     verdicts: tuple[bool, ...]
     truths: tuple[bool | None, ...]
+    """What the checks say; None for a criterion without one."""
+    rationales: tuple[str, ...] = ()
 
     @property
     def score(self) -> float:
@@ -65,6 +75,17 @@ class RubricScore:
         """Share of verdicts that equal the truth, over the checked criteria; None when none has a check."""
         pairs = [(v, truth) for v, truth in zip(self.verdicts, self.truths, strict=True) if truth is not None]
         return sum(verdict == truth for verdict, truth in pairs) / len(pairs) if pairs else None
+
+
+class Grader(Protocol):
+    """Scores an answer by a rubric; task is what the answer replies to."""
+
+    async def __call__(self, answer: str, rubric: Rubric, *, task: str = "") -> RubricScore:
+        """The score of the answer.
+
+        Raises:
+            JudgeError: there is no usable verdict.
+        """
 
 
 def judge_prompt(answer: str, criterion: Criterion, *, task: str = "") -> str:
@@ -94,8 +115,12 @@ async def rubric_score(answer: str, rubric: Rubric, judge: Judge, *, task: str =
     verdicts = await asyncio.gather(
         *(_ask(judge, judge_prompt(answer, criterion, task=task)) for criterion in rubric.criteria)
     )
-    truths = tuple(None if criterion.check is None else criterion.check(answer) for criterion in rubric.criteria)
-    return RubricScore(rubric, tuple(verdicts), truths)
+    return RubricScore(rubric, tuple(verdicts), truths(answer, rubric))
+
+
+def truths(answer: str, rubric: Rubric) -> tuple[bool | None, ...]:
+    """What the checks of a rubric say of an answer; None for a criterion without a check."""
+    return tuple(None if criterion.check is None else criterion.check(answer) for criterion in rubric.criteria)
 
 
 async def _ask(judge: Judge, prompt: str) -> bool:

@@ -31,7 +31,10 @@ _SHM = 16 * 2**20
 # As root of its own namespaces: build a read-only tree on /sys (which is not needed), move into it, give up all rights.
 _ENTER = """
 set -e
-folder=$1; shift
+parent=$1 folder=$2; shift 2
+while read -r key value; do
+    [ "$key" != PPid: ] || [ "$value" = "$parent" ] || exit 1
+done < /proc/self/status
 mount -t tmpfs -o size=4m tmpfs /sys
 mkdir /sys/sandbox
 mount -t tmpfs -o mode=755,size=4m tmpfs /sys/sandbox
@@ -367,9 +370,11 @@ def _bubblewrap(argv: Sequence[str], folder: Path) -> list[str]:
 
 
 def _namespaces(argv: Sequence[str], folder: Path) -> list[str]:
-    flags = ["--user", "--map-root-user", "--mount", "--pid", "--fork", "--kill-child", "--net", "--ipc", "--uts"]
-    enter = ["sh", "-c", _ENTER, "sh", str(folder), *_readable(), "--", *argv]
-    return ["setpriv", "--pdeathsig", "KILL", "unshare", *flags, *enter]
+    # a process whose parent died before it asked for the signal gets none: each looks whether its parent is still there
+    flags = "--user --map-root-user --mount --pid --fork --kill-child --net --ipc --uts"
+    check = f'[ "$PPID" = "$1" ] && shift && exec unshare {flags} sh -c "$0" sh $$ "$@"'
+    enter = ["sh", "-c", check, _ENTER, str(os.getpid()), str(folder), *_readable(), "--", *argv]
+    return ["setpriv", "--pdeathsig", "KILL", *enter]
 
 
 def _nothing(argv: Sequence[str], folder: Path) -> list[str]:

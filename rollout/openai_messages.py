@@ -5,21 +5,23 @@ in the other is an error.
 """
 
 import json
-import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NoReturn
+from typing import Any
 
 from trimtab.environments.base import Message, ToolCall
+from trimtab.rollout.strict_json import dumps, loads
 
 _KEYS = {
-    "system": {"content"},
+    "system": {"content", "tools", "response_format"},
+    "developer": {"content", "tools", "response_format"},
     "user": {"content"},
     "assistant": {"content", "reasoning_content", "reasoning", "tool_calls"},
     "tool": {"content", "tool_call_id", "name"},
 }
-"""What a message of each role may hold beside its role. vLLM says reasoning for reasoning_content."""
+"""What a message of each role may hold beside its role. vLLM says reasoning for reasoning_content. Tools and the format
+of answers within a message are DeepSeek's; OpenAI's API has them beside the messages."""
 
 
 def to_openai(messages: Iterable[Message]) -> list[dict[str, Any]]:
@@ -41,6 +43,10 @@ def to_openai(messages: Iterable[Message]) -> list[dict[str, Any]]:
             raise ValueError(f"only an assistant reasons and calls tools, got a message of {message.role} that does")
         if message.reasoning:
             one["reasoning_content"] = message.reasoning
+        if message.tools:
+            one["tools"] = [{"type": "function", "function": dict(tool)} for tool in message.tools]
+        if message.response_format is not None:
+            one["response_format"] = dict(message.response_format)
         if message.tool_calls:
             waiting = [f"call_{count + i}" for i in range(len(message.tool_calls))]
             one["tool_calls"] = [_call(*pair) for pair in zip(waiting, message.tool_calls, strict=True)]
@@ -57,6 +63,8 @@ def _call(name: str, call: ToolCall) -> dict[str, Any]:
 def from_openai(messages: Iterable[Mapping[str, Any]]) -> tuple[Message, ...]:
     """Our messages; results take the order of the calls they answer. A key whose value is None counts as absent.
 
+    Calls without ids, as DeepSeek's encoder takes them, are answered in order by results without ids.
+
     Raises:
         ValueError: a role, a key, a type of content or of call that we lack, arguments that are not one JSON object,
             a result of no call, a call that has no result while another has or the conversation goes on.
@@ -68,20 +76,20 @@ def from_openai(messages: Iterable[Mapping[str, Any]]) -> tuple[Message, ...]:
         one = {key: value for key, value in raw.items() if value is not None}
         role, where = one.pop("role", None), f"message {i}"
         if role not in _KEYS:
-            raise ValueError(f"{where}: no role {role!r}; there are {', '.join(_KEYS)} (send a developer's as system)")
+            raise ValueError(f"{where}: no role {role!r}; there are {', '.join(_KEYS)}")
         if unknown := one.keys() - _KEYS[role]:
             raise ValueError(f"{where}: a message of {role} has no {sorted(unknown)}; remove it")
         if (role == "tool") != bool(waiting):
             raise ValueError(f"{where}: {len(waiting)} calls wait for a result before a message of {role}")
         content = _text(one.get("content", "" if role == "assistant" else None), where)
         if role == "assistant":
-            calls = [_read_call(call, where) for call in one.get("tool_calls", ())]
+            calls = [_read_call(call, f"#{at}", where) for at, call in enumerate(one.get("tool_calls", ()))]
             waiting = {name: call.name for name, call in calls}
             if len(waiting) < len(calls):
                 raise ValueError(f"{where}: two calls share an id, of {[name for name, _ in calls]}")
             ours.append(Message(role, content, _reasoning(one, where), tuple(call for _, call in calls)))
         elif role == "tool":
-            name = one.get("tool_call_id")
+            name = one.get("tool_call_id", f"#{len(results)}")
             if name not in waiting or name in results:
                 raise ValueError(f"{where}: tool_call_id {name!r} is not one of {sorted(waiting.keys() - results)}")
             if one.get("name", waiting[name]) != waiting[name]:
@@ -91,7 +99,8 @@ def from_openai(messages: Iterable[Mapping[str, Any]]) -> tuple[Message, ...]:
                 ours += [results[name] for name in waiting]
                 waiting, results = {}, {}
         else:
-            ours.append(Message(role, content))
+            tools = tuple(_read_tool(tool, where) for tool in one.get("tools", ()))
+            ours.append(Message(role, content, tools=tools, response_format=one.get("response_format")))
     if results:
         raise ValueError(f"no result for {sorted(waiting.keys() - results)}")
     return tuple(ours)
@@ -113,62 +122,43 @@ def _reasoning(one: Mapping[str, Any], where: str) -> str:
     return found.pop() if found else ""
 
 
-def _read_call(call: Any, where: str) -> tuple[str, ToolCall]:
-    match call:
+def _read_tool(tool: Any, where: str) -> Mapping[str, Any]:
+    match tool:
+        case {"type": "function", "function": {"name": str()} as function}:
+            return function
+    raise ValueError(
+        f"{where}: a tool needs type 'function' and function (name, description, parameters): {tool!r:.200}"
+    )
+
+
+def _read_call(call: Any, position: str, where: str) -> tuple[str, ToolCall]:
+    match {"id": position, **call} if isinstance(call, Mapping) else call:
         case {"id": str(name), "type": "function", "function": {"name": str(function), "arguments": str(text)}}:
             return name, ToolCall(function, load_arguments(text))
-    raise ValueError(f"{where}: a call needs id, type 'function' and function (name, arguments as text): {call!r:.200}")
+    raise ValueError(f"{where}: a call has an id, type 'function', function (name, arguments as text): {call!r:.200}")
 
 
 def dump_arguments(arguments: Mapping[str, Any]) -> str:
     """A JSON object that load_arguments reads back as equal.
 
     Raises:
-        ValueError: it would not: numbers that are not finite, keys that are not text, tuples, cycles, ...
+        ValueError: there is none (strict_json.dumps).
     """
     try:
-        text = json.dumps(dict(arguments), ensure_ascii=False, allow_nan=False)
-        same = load_arguments(text) == arguments
-    except (TypeError, ValueError, RecursionError) as error:  # a tool call is model output
-        raise ValueError(f"arguments are not JSON: {error}") from error
-    if not same:
-        raise ValueError(f"arguments are not JSON: {arguments!r:.80} reads back as {text[:80]}")
-    return text
+        return dumps(dict(arguments))
+    except ValueError as error:  # a tool call is model output
+        raise ValueError(f"arguments are {error}") from error
 
 
 def load_arguments(text: str) -> dict[str, Any]:
     """One JSON object, strictly.
 
     Raises:
-        ValueError: anything else; a name given twice; a number that no finite float holds; half a surrogate pair;
-            nesting too deep to read.
+        ValueError: anything else (strict_json.loads).
     """
-    try:
-        value = json.loads(
-            text, parse_constant=_refuse_constant, parse_float=_finite, object_pairs_hook=_without_duplicates
-        )
-        json.dumps(value, ensure_ascii=False).encode()
-    except (ValueError, RecursionError) as error:  # model output: malformed, never a crash
-        raise ValueError(f"not a JSON object ({error}): {text[:80]!r}") from error
+    value = loads(text)
     if not isinstance(value, dict):
         raise ValueError(f"arguments must be a JSON object, got {text[:80]!r}")
-    return value
-
-
-def _refuse_constant(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is not JSON")
-
-
-def _finite(text: str) -> float:
-    if not math.isfinite(value := float(text)):
-        raise ValueError(f"{text[:20]} is out of range")
-    return value
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) < len(pairs):
-        raise ValueError(f"a name twice in {[name for name, _ in pairs]}")
     return value
 
 
@@ -208,6 +198,23 @@ def restore_reasoning(messages: Sequence[Message], known: Iterable[Message]) -> 
                 raise ValueError(f"message {i}: other reasoning than the policy's: {messages[i].reasoning[:80]!r}")
             restored[i] = replace(messages[i], reasoning=reasoning)
     return tuple(restored)
+
+
+def unseen(messages: Sequence[Message], known: Sequence[Message]) -> tuple[Message, ...]:
+    """What a framework's messages say beyond known, with which they begin; reasoning that they lack is taken as said.
+
+    So a conversation that holds known goes on from the ids it holds, whatever the framework keeps of them.
+
+    Raises:
+        ValueError: they do not begin with known: the framework changed what was said.
+    """
+    restored = restore_reasoning(messages, known)
+    for i, message in enumerate(known):
+        if restored[i : i + 1] != (message,):
+            raise ValueError(
+                f"message {i} is not what was said; begin a new conversation: {restored[i : i + 1]!r:.200}"
+            )
+    return restored[len(known) :]
 
 
 def _identity(message: Message) -> str:

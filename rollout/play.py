@@ -1,17 +1,42 @@
 """Play episodes: an environment speaks messages, an engine speaks token ids, and this is where they meet."""
 
 import asyncio
+import json
 import random
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 import numpy as np
 
-from trimtab.environments.base import Env, Message, VoidEpisode
-from trimtab.rollout.chat import Chat, Conversation, MarkupError
+from trimtab.environments.base import Env, Message, ToolCall, VoidEpisode
+from trimtab.rewards.types import Answer, GroupReward, ProcessReward, group_values
+from trimtab.rollout.chat import MarkupError
+from trimtab.rollout.context import Context, ContextPolicy, Format
 from trimtab.rollout.types import Completion, Episode, Group, RecordingError, Request, Sampling, Segment
 
 Generate = Callable[[Request], Awaitable[list[Completion]]]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rules:
+    """How the episodes of a domain are played and scored."""
+
+    sampling: Sampling
+    max_len: int
+    """The window: tokens of prompt and answer together, at most."""
+    weigh: Callable[[Mapping[str, float]], float]
+    """The reward of the named parts."""
+    group_rewards: Mapping[str, GroupReward] = field(default_factory=dict)
+    """Parts that compare the episodes of a group. An episode's text is its answer, empty where it gave none."""
+    process_rewards: Mapping[str, ProcessReward] = field(default_factory=dict)
+    """Parts that are sums over an episode's segments. A segment's text is all that was said in it, calls as JSON."""
+    context: ContextPolicy = field(default_factory=ContextPolicy)
+    thinking: bool = True
+    max_turns: int = 16
+    """Assistant messages of an episode, summaries included."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +58,8 @@ class _Track:
     ids: list[int] = field(default_factory=list)
     sampled: list[bool] = field(default_factory=list)
     turns: list[Completion] = field(default_factory=list)
+    said: list[Message] = field(default_factory=list)
+    rewards: dict[str, float] = field(default_factory=dict)
 
     def is_extended_by(self, prompt: tuple[int, ...]) -> bool:
         return list(prompt[: len(self.ids)]) == self.ids
@@ -59,6 +86,12 @@ class _Track:
             ),
         )
 
+    def answer(self) -> Answer:
+        """The segment as a process reward sees it: what could be read of it, and the parts that it earned."""
+        said = [text for message in self.said for text in (message.content, *map(_call, message.tool_calls)) if text]
+        reasoning = [message.reasoning for message in self.said if message.reasoning]
+        return Answer("\n\n".join(said), "\n\n".join(reasoning), sum(self.sampled), self.rewards)
+
     def _routes(self) -> np.ndarray:
         """Routes as first recorded: a later turn brings only the rows that earlier ones lack."""
         if self.turns[0].routes.shape[1:] == (0, 0):
@@ -72,40 +105,51 @@ class _Attempt:
 
     name: str
     env: Env
-    chat: Chat
-    conversation: Conversation
     generate: Generate
-    sampling: Sampling
-    max_len: int
-    max_turns: int
+    rules: Rules
+    chat: Format
+    context: Context
     seed: int
     tracks: list[_Track] = field(default_factory=lambda: [_Track()])
     rewards: dict[str, float] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
     extra: tuple[Message, ...] = ()
 
     async def play(self, prompt: tuple[int, ...], completion: Completion) -> str:
         """Play from the first turn's completion to the end and return how it ended."""
-        for turn in range(1, self.max_turns + 1):
+        turn = 0
+        while True:
+            turn += 1
             self.tracks[-1].add(prompt, completion)
             if completion.finish == "length":
                 return self._broke_off("length", completion)
+            summary = self.context.summarising
             try:
-                message = self.conversation.add_sampled(completion.token_ids)
+                message = self.context.add_sampled(completion.token_ids)
             except ValueError:
                 return self._broke_off("malformed", completion)
-            step = await self.env.step(message)
-            for part, value in step.rewards.items():
-                self.rewards[part] = self.rewards.get(part, 0.0) + value
-            if step.done:
-                self.extra = step.replies
+            self.tracks[-1].said.append(message)
+            if not summary and await self._step(message):
                 return "done"
-            self.conversation.add(step.replies)
-            prompt = self.conversation.prompt_ids()
-            if len(prompt) >= self.max_len:
+            if turn == self.rules.max_turns:
+                return self._fail("turns")
+            prompt = self.context.next_prompt()
+            if len(prompt) >= self.rules.max_len:
                 return self._fail("length")
-            if turn < self.max_turns:
-                completion = await self._next(prompt, turn)
-        return self._fail("turns")
+            completion = await self._next(prompt, turn)
+
+    async def _step(self, message: Message) -> bool:
+        """Hand the environment what was said; whether the episode is over."""
+        step = await self.env.step(message)
+        for part, value in step.rewards.items():
+            for parts in (self.rewards, self.tracks[-1].rewards):
+                parts[part] = parts.get(part, 0.0) + value
+        self.notes |= step.notes
+        if step.done:
+            self.extra = step.replies
+        else:
+            self.context.add(step.replies)
+        return step.done
 
     async def _next(self, prompt: tuple[int, ...], turn: int) -> Completion:
         if not self.tracks[-1].is_extended_by(prompt):
@@ -113,7 +157,7 @@ class _Attempt:
         request = Request(
             name=f"{self.name}.{turn}",
             prompt_ids=prompt,
-            sampling=_within(self.sampling, self.max_len - len(prompt)),
+            sampling=_within(self.rules, prompt),
             seed=_seed(self.seed, self.name, turn),
             routes_start=max(len(self.tracks[-1].ids) - 1, 0),
         )
@@ -127,39 +171,80 @@ class _Attempt:
         self.rewards.setdefault("outcome", 0.0)
         return ended
 
-    def episode(
-        self,
-        domain: str,
-        ended: str,
-        weigh: Callable[[Mapping[str, float]], float],
-        length_penalty: Callable[[int], float] | None,
-    ) -> Episode:
-        """The record of this attempt.
+    def episode(self, domain: str, ended: str) -> Episode:
+        """The record of this attempt, with its own parts and those of its segments; `compare` adds the reward.
 
         Raises:
             RecordingError: a segment's recording is incomplete.
         """
-        if length_penalty is not None:
-            self.rewards["length"] = length_penalty(sum(sum(track.sampled) for track in self.tracks))
+        segments = tuple(track.segment(f"{self.name} segment {i}") for i, track in enumerate(self.tracks))
+        answers = [track.answer() for track in self.tracks]
+        process = {part: group_values(reward, answers) for part, reward in self.rules.process_rewards.items()}
+        rewards = _joined(self.rewards, {part: sum(values) for part, values in process.items()})
         return Episode(
             name=self.name,
             domain=domain,
-            messages=self.conversation.messages + self.extra,
-            segments=tuple(track.segment(f"{self.name} segment {i}") for i, track in enumerate(self.tracks)),
-            rewards=self.rewards,
-            reward=weigh(self.rewards),
+            messages=self.context.messages + self.extra,
+            segments=segments,
+            rewards=rewards,
+            reward=0.0,
             ended=ended,
+            resets=self.context.resets,
+            process=process,
+            notes=self.notes,
         )
 
 
-def _within(sampling: Sampling, room: int) -> Sampling:
-    """The same sampling, cut to the tokens that are left."""
-    return replace(sampling, max_tokens=min(sampling.max_tokens, room))
+def _call(call: ToolCall) -> str:
+    return json.dumps({"name": call.name, "arguments": dict(call.arguments)}, ensure_ascii=False)
+
+
+def _within(rules: Rules, prompt: tuple[int, ...]) -> Sampling:
+    """The domain's sampling, cut to the tokens that are left behind prompt."""
+    return replace(rules.sampling, max_tokens=min(rules.sampling.max_tokens, rules.max_len - len(prompt)))
 
 
 def _seed(*parts: object) -> int:
     """A seed that no other combination of parts is likely to share."""
     return random.Random("/".join(map(str, parts))).getrandbits(31)
+
+
+def _joined(parts: Mapping[str, float], more: Mapping[str, float]) -> dict[str, float]:
+    if both := parts.keys() & more.keys():
+        raise ValueError(f"the reward part {min(both)!r} comes from two places; give one of them another name")
+    return {**parts, **more}
+
+
+def compare(episodes: Sequence[Episode], rules: Rules) -> tuple[Episode, ...]:
+    """The episodes of a group with the parts that compare them, and their final reward.
+
+    Raises:
+        ValueError: a part that the episodes have already, a reward that does not give one value for each.
+    """
+    answers = [_answer(episode) for episode in episodes]
+    values = {part: group_values(reward, answers) for part, reward in rules.group_rewards.items()}
+    compared = []
+    for i, episode in enumerate(episodes):
+        rewards = _joined(episode.rewards, {part: given[i] for part, given in values.items()})
+        compared.append(replace(episode, rewards=rewards, reward=rules.weigh(rewards)))
+    return tuple(compared)
+
+
+def _answer(episode: Episode) -> Answer:
+    last = next(message for message in reversed(episode.messages) if message.role == "assistant")
+    text, reasoning = (last.content, last.reasoning) if episode.ended == "done" else ("", "")
+    return Answer(text, reasoning, sum(len(segment.logp) for segment in episode.segments), episode.rewards)
+
+
+async def gather(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """All results, in order. When one fails, or the caller is cancelled, the others have ended before the error."""
+    tasks = [asyncio.ensure_future(one) for one in coroutines]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def play_group(
@@ -169,71 +254,92 @@ async def play_group(
     domain: str,
     group_size: int,
     generate: Generate,
-    chat: Chat,
-    sampling: Sampling,
-    weigh: Callable[[Mapping[str, float]], float],
-    max_len: int,
+    chat: Format,
+    rules: Rules,
     seed: int,
-    length_penalty: Callable[[int], float] | None = None,
-    thinking: bool = True,
-    max_turns: int = 16,
 ) -> Played:
-    """Play group_size episodes of one task.
+    """Play group_size episodes of one task, and close every environment that has a close().
 
     An episode that is cut off, cannot be read or takes too many turns keeps what it earned and an outcome of at
-    least 0. One that the environment voids, or whose recording is incomplete, is left out and counted.
-
-    Args:
-        weigh: the reward of the named parts.
-        max_len: tokens of prompt and answer together, at most.
-        length_penalty: the part "length" from an episode's number of sampled tokens.
+    least 0. One that the environment voids, or whose recording is incomplete, is left out and counted; a group reward
+    that voids does so for all.
 
     Raises:
-        ValueError: the task opens differently each time, or its opening does not fit max_len.
+        ValueError: the task opens differently each time, its opening does not fit the window, or two rewards give the
+            same part.
     """
-    envs = [make_env() for _ in range(group_size)]
-    openings = await asyncio.gather(*(env.start() for env in envs))
-    if any(opening != openings[0] for opening in openings):
-        raise ValueError(f"{name}: the environments of a group must open with the same messages")
-    conversations = [chat.conversation(opening, thinking=thinking) for opening in openings]
-    prompt = conversations[0].prompt_ids()
-    if len(prompt) >= max_len:
-        raise ValueError(f"{name}: an opening of {len(prompt)} tokens does not fit max_len = {max_len}")
-    first = await generate(
-        Request(
+    async with AsyncExitStack() as stack:
+        envs = []
+        for _ in range(group_size):
+            envs.append(make_env())
+            stack.push_async_callback(_close, envs[-1])
+        openings = await gather(_start(env) for env in envs)
+        started = [(env, one) for env, one in zip(envs, openings, strict=True) if not isinstance(one, VoidEpisode)]
+        if not started:
+            return Played(group=None, voided=group_size)
+        if any(opening != started[0][1] for _, opening in started):
+            raise ValueError(f"{name}: the environments of a group must open with the same messages")
+        contexts = [
+            Context(chat, opening, rules.context, thinking=rules.thinking, max_len=rules.max_len)
+            for _, opening in started
+        ]
+        prompt = contexts[0].prompt_ids()
+        if len(prompt) >= rules.max_len:
+            raise ValueError(f"{name}: an opening of {len(prompt)} tokens does not fit max_len = {rules.max_len}")
+        request = Request(
             name=f"{name}#0",
             prompt_ids=prompt,
-            sampling=_within(sampling, max_len - len(prompt)),
-            n=group_size,
+            sampling=_within(rules, prompt),
+            n=len(started),
             seed=_seed(seed, name),
         )
-    )
-    attempts = [
-        _Attempt(
-            name=f"{name}#{i}",
-            env=env,
-            chat=chat,
-            conversation=conversation,
-            generate=generate,
-            sampling=sampling,
-            max_len=max_len,
-            max_turns=max_turns,
-            seed=seed,
+        first = await generate(request)
+        attempts = [
+            _Attempt(name=f"{name}#{i}", env=env, generate=generate, rules=rules, chat=chat, context=context, seed=seed)
+            for i, ((env, _), context) in enumerate(zip(started, contexts, strict=True))
+        ]
+        results = await gather(
+            _finish(attempt, prompt, completion, domain) for attempt, completion in zip(attempts, first, strict=True)
         )
-        for i, (env, conversation) in enumerate(zip(envs, conversations, strict=True))
-    ]
+        return await _played(
+            name, domain, (*results, *(one for one in openings if isinstance(one, VoidEpisode))), rules
+        )
 
-    async def finish(attempt: _Attempt, completion: Completion) -> Episode | Exception:
+
+async def _start(env: Env) -> tuple[Message, ...] | VoidEpisode:
+    try:
+        return await env.start()
+    except VoidEpisode as error:
+        return error
+
+
+async def _close(env: Env) -> None:
+    close = getattr(env, "close", None)
+    if close is not None:
+        await close()
+
+
+async def _finish(
+    attempt: _Attempt, prompt: tuple[int, ...], completion: Completion, domain: str
+) -> Episode | Exception:
+    try:
         try:
             ended = await attempt.play(prompt, completion)
-            return attempt.episode(domain, ended, weigh, length_penalty)
-        except (VoidEpisode, RecordingError, MarkupError) as error:
-            return error
+        finally:
+            await _close(attempt.env)
+        return await asyncio.to_thread(attempt.episode, domain, ended)  # a reward may take its time
+    except (VoidEpisode, RecordingError, MarkupError) as error:
+        return error
 
-    results = await asyncio.gather(*map(finish, attempts, first))
+
+async def _played(name: str, domain: str, results: Sequence[Episode | Exception], rules: Rules) -> Played:
     episodes = tuple(result for result in results if isinstance(result, Episode))
-    return Played(
-        group=Group(name=name, domain=domain, episodes=episodes) if len(episodes) > 1 else None,
-        voided=sum(isinstance(result, VoidEpisode) for result in results),
-        refused=tuple(str(result) for result in results if isinstance(result, ValueError)),
-    )
+    voided = sum(isinstance(result, VoidEpisode) for result in results)
+    refused = tuple(str(result) for result in results if isinstance(result, ValueError))
+    if len(episodes) < 2:
+        return Played(group=None, voided=voided, refused=refused)
+    try:
+        episodes = await asyncio.to_thread(compare, episodes, rules)
+    except VoidEpisode:
+        return Played(group=None, voided=voided + len(episodes), refused=refused)
+    return Played(group=Group(name=name, domain=domain, episodes=episodes), voided=voided, refused=refused)

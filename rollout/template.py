@@ -15,8 +15,9 @@ from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from trimtab.environments.base import Message, ToolCall
-from trimtab.rollout.chat import MarkupError
+from trimtab.rollout.chat import SPECIAL_TOKENS, Chat, MarkupError, check_turns, check_unicode
 from trimtab.rollout.openai_messages import dump_arguments, load_arguments, to_openai
+from trimtab.rollout.strict_json import dumps
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +49,8 @@ _PROBE = (
 class TemplateChat:
     """The format that a tokenizer's template defines.
 
-    The template gets messages in OpenAI's form with reasoning_content, arguments as objects, and enable_thinking.
-    Tools are described by the environment's system message.
+    The template gets messages in OpenAI's form with reasoning_content, arguments as objects, the tools of a system
+    message, and enable_thinking.
 
     Raises:
         ValueError: the tokenizer has no template or no token that ends a turn.
@@ -60,8 +61,8 @@ class TemplateChat:
             raise ValueError("the tokenizer needs a chat_template and an eos_token; set them before training")
         self._tokenizer = tokenizer
         self.syntax = syntax = syntax or Syntax()
-        special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-        self._reserved = (*sorted(special), *syntax.marks)
+        added = {str(token) for token in tokenizer.added_tokens_decoder.values()}
+        self._reserved = (*sorted(filter(str.strip, added)), *syntax.marks)
         self.eos, self.eos_id = str(tokenizer.eos_token), int(tokenizer.eos_token_id)
         self._empty = re.compile(re.escape(syntax.think_open) + r"\s*" + re.escape(syntax.think_close) + r"\n*")
         self._verified: set[bool] = set()
@@ -80,8 +81,7 @@ class TemplateChat:
         if thinking in self._verified:
             return
         ask, said, result = _PROBE if thinking else (_PROBE[0], replace(_PROBE[1], reasoning=""), _PROBE[2])
-        if self.parse(self.encode_assistant(said, thinking=thinking), thinking=thinking) != said:
-            raise ValueError(f"the template does not write turns in {self.syntax}; give the syntax it uses")
+        self.encode_assistant(said, thinking=thinking)
         text = self.render((ask, said, result), thinking=thinking, turn=True)
         _extended(self, (ask, said), text, thinking=thinking)
         self._verified.add(thinking)
@@ -102,18 +102,24 @@ class TemplateChat:
         """The template's text of messages; with turn, the beginning of the policy's next turn behind it.
 
         Raises:
-            ValueError: messages that do not follow each other, or that the template refuses.
+            ValueError: messages that do not follow each other, or that the template refuses; tools that it leaves out.
         """
         records = to_openai(messages)
+        tools = [tool for record in records for tool in record.pop("tools", ())]
         for record in records:
             for call in record.get("tool_calls", ()):
                 call["function"]["arguments"] = json.loads(call["function"]["arguments"])
         try:
-            return self._tokenizer.apply_chat_template(
-                records, add_generation_prompt=turn, tokenize=False, enable_thinking=thinking
+            text = self._tokenizer.apply_chat_template(
+                records, tools or None, add_generation_prompt=turn, tokenize=False, enable_thinking=thinking
             )
         except TemplateError as error:  # raised by the template, which is the user's
             raise ValueError(f"the template refuses {[message.role for message in messages]}: {error}") from error
+        if left_out := [tool["function"]["name"] for tool in tools if tool["function"]["name"] not in text]:
+            raise ValueError(
+                f"the template leaves out the tools {left_out}; describe them in the system message's text"
+            )
+        return text
 
     def is_opened(self, prompt: str, *, thinking: bool) -> bool:
         """Whether the prompt has opened the reasoning, so that the policy goes on within it.
@@ -130,8 +136,8 @@ class TemplateChat:
         """The ids a policy would have sampled to say message in a first turn, the end of the turn included.
 
         Raises:
-            ValueError: text that contains a mark, reasoning without thinking, a template that does not begin a turn
-                as it asks for one.
+            ValueError: text that contains a mark, reasoning without thinking, what parse would not read back as the
+                same, a template that does not begin a turn as it asks for one.
         """
         self.check(message, thinking=thinking)
         prompt = self.render(_PROBE[:1], thinking=thinking, turn=True)
@@ -139,19 +145,26 @@ class TemplateChat:
         said, ending = text.rpartition(self.eos)[0::2]
         if not text.startswith(prompt) or ending.strip() or self.eos in text[len(prompt) : len(said)]:
             raise ValueError(f"the template does not begin a turn with {prompt[-80:]!r} and end it with {self.eos!r}")
-        return (*self.encode(said[len(prompt) :]), self.eos_id)
+        ids = (*self.encode(said[len(prompt) :]), self.eos_id)
+        opened = self.is_opened(prompt, thinking=thinking)
+        if (read := self.parse(ids, thinking=thinking, opened=opened)) != message:
+            raise ValueError(f"{message} reads back from the template as {read}; give the syntax it uses")
+        return ids
 
     def check(self, message: Message, *, thinking: bool) -> None:
-        """Refuse text that could not be told from marks.
+        """Refuse text that could not be told from marks, and what templates have no place for.
 
         Raises:
-            MarkupError: it contains one.
-            ValueError: reasoning without thinking, arguments that are not JSON.
+            MarkupError: it contains one, or it is not Unicode.
+            ValueError: reasoning without thinking, arguments that are not JSON, a developer, a response format.
         """
+        if message.role == "developer" or message.response_format is not None:
+            raise ValueError("templates know no developer and no response format; say it in a system message's text")
         if message.reasoning and not thinking:
             raise ValueError(f"a conversation without thinking has no reasoning, got {message.reasoning[:80]!r}")
         calls = [text for call in message.tool_calls for text in (call.name, dump_arguments(call.arguments))]
-        for text in (message.content, message.reasoning, *calls):
+        for text in (message.content, message.reasoning, *calls, *map(dumps, map(dict, message.tools))):
+            check_unicode(text)
             if found := [mark for mark in self._reserved if mark in text]:
                 raise MarkupError(f"text contains the reserved {found[0]!r}; remove it: {text[:80]!r}")
 
@@ -251,7 +264,7 @@ class TemplateConversation:
 
     def _prompt(self) -> tuple[tuple[int, ...], str]:
         chat = self._chat
-        if not self.messages or self.messages[-1].role == "assistant":
+        if not self.messages or self.messages[-1].role not in ("user", "tool"):
             raise ValueError("nothing to answer: add a message of a user or a tool")
         text = chat.render(self._shown(), thinking=self._thinking, turn=True)
         if not self._seen_ids:
@@ -270,12 +283,12 @@ class TemplateConversation:
 
         Raises:
             MarkupError: a text contains a mark.
-            ValueError: tool results that do not match the calls before them.
+            ValueError: messages that cannot follow (chat.check_turns), or that TemplateChat.check refuses.
         """
         messages = tuple(messages)
+        check_turns((*self.messages, *messages))
         for message in messages:
             self._chat.check(message, thinking=self._thinking)
-        to_openai((*self.messages, *messages))
         self.messages += messages
 
     def add_sampled(self, ids: Sequence[int] | np.ndarray) -> Message:
@@ -298,3 +311,13 @@ class TemplateConversation:
         users = [i for i, message in enumerate(self.messages) if message.role == "user"]
         last = users[-1] if users else 0
         return tuple(replace(message, reasoning="") if i < last else message for i, message in enumerate(self.messages))
+
+
+def load_format(path: str | Path) -> Chat | TemplateChat:
+    """The format of a checkpoint folder: DeepSeek-V3.2's where its tokenizer has the tokens, else its own template.
+
+    Raises:
+        ValueError: it has neither.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    return Chat(tokenizer) if set(SPECIAL_TOKENS) <= tokenizer.get_vocab().keys() else TemplateChat(tokenizer)

@@ -5,7 +5,7 @@ L = MoE layers, K = experts a token.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -129,6 +129,12 @@ class Episode:
     """Their weighted sum."""
     ended: str
     """'done', 'length', 'malformed' or 'turns'."""
+    resets: tuple[int, ...] = ()
+    """Where the context was reset: how many of messages had been said by then."""
+    process: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    """What each process reward gave, segment by segment."""
+    notes: Mapping[str, str] = field(default_factory=dict)
+    """What a reader should see beside the parts, by part: a judge's rationales. Never trained on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

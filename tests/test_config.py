@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from trimtab.grpo.config import ColdStart, Config, Domain, LossSettings, Rollout
+from trimtab.grpo.config import ColdStart, Config, Domain, LossSettings, Rollout, load
 from trimtab.grpo.recipes import RECIPES, find_recipe
 from trimtab.rollout.types import Sampling
 
@@ -33,12 +33,17 @@ def test_a_recipe_survives_being_saved_and_loaded(name, tmp_path):
         (lambda: LossSettings(clip_low=0.0), "clip_low must"),
         (lambda: Domain(task="x:y", prompts=0), "prompts must be at least 1"),
         (lambda: Domain(task="x:y", length_soft=9, length_hard=9), "length_soft must lie"),
+        (lambda: Domain(task="x:y", max_turns=0), "max_turns must be at least 1"),
+        (lambda: Domain(task="x:y", process_rewards={"length": "x:y"}), "'length' is the length penalty's"),
+        (lambda: Domain(task="x:y", group_rewards={"a": "x:y"}, process_rewards={"a": "x:y"}), "'a' is a group's and"),
+        (lambda: Domain(task="x:y", group_rewards={"a": "math:nothing"}).load_group_rewards(), "import path"),
+        (lambda: Domain(task="x:y", process_rewards={"a": "math"}).load_process_rewards(), "import path"),
         (lambda: Rollout(actors=0), "actors must be at least 1"),
         (lambda: ColdStart(vocab_size=100), "vocab_size must be at least"),
         (lambda: Domain(task="nowhere:Task").load_task(), "import path"),
         (lambda: Domain(task="json:Nothing").load_task(), "import path"),
         (lambda: find_recipe("nonsense"), "no recipe named 'nonsense'"),
-        (lambda: find_recipe("missing.py:f"), "does not exist"),
+        (lambda: find_recipe("missing.py:f"), "both must exist; got 'missing.py:f'"),
     ],
 )
 def test_an_impossible_value_is_refused_by_name(make, message):
@@ -50,8 +55,43 @@ def test_a_users_recipe_file_is_found(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text("from trimtab.grpo.recipes import quickstart as longer\n")
     assert find_recipe(f"{file}:longer")() == find_recipe("quickstart")()
-    with pytest.raises(ValueError, match="no function named 'shorter'"):
+    with pytest.raises(ValueError, match="has no attribute 'shorter'"):
         find_recipe(f"{file}:shorter")
+
+
+def test_a_task_and_its_rewards_may_lie_in_a_file_which_is_run_once(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from __future__ import annotations\n"
+        "from dataclasses import dataclass\n"
+        "runs = []\n"
+        "@dataclass\n"
+        "class Task:\n"
+        "    judge: object = None\n"
+        "def rank(answers): return [0.0]\n"
+    )
+    domain = Domain(task=f"{file}:Task", group_rewards={"rank": f"{file}:rank"})
+    load(f"{file}:runs").append("once")
+    task = domain.load_task(judge=1, other=2)
+    assert (type(task), task.judge) == (load(f"{file}:Task"), 1) and load(f"{file}:runs") == ["once"]
+    assert domain.load_group_rewards() == {"rank": load(f"{file}:rank")} and domain.load_process_rewards() == {}
+
+
+@pytest.mark.parametrize(
+    "path", ["", "math", "math:", ":sqrt", "nowhere:x", "math:nothing", "missing.py:f", "config.py:"]
+)
+def test_an_import_path_that_leads_nowhere_is_told(path):
+    with pytest.raises(ValueError, match=f"import path is module:name or path/to/file.py:name.*got {path!r}"):
+        load(path)
+
+
+def test_what_breaks_inside_a_users_file_is_not_hidden_and_can_be_mended(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("f = 1 / 0")
+    with pytest.raises(ZeroDivisionError):
+        load(f"{file}:f")
+    file.write_text("f = 2  # of another size, so that no cached bytecode is taken for it")
+    assert load(f"{file}:f") == 2
 
 
 def test_a_file_that_is_no_configuration_is_refused(tmp_path):

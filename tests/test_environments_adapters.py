@@ -4,6 +4,7 @@ import json
 import random
 
 import pytest
+from reasoning_gym.composite import DatasetSpec
 
 from trimtab.environments import rows
 from trimtab.environments.adapters import GymTask, RowsTask, gym_names, verifiers_task
@@ -33,10 +34,31 @@ def test_a_partial_mark_is_logged_and_earns_no_outcome():
     assert marks["outcome"] == 0.0 and 0.0 <= marks["verifier"] < 1.0
 
 
-def test_every_name_makes_a_task():
+def test_every_name_makes_a_task_which_gives_full_marks_to_its_own_answer():
     assert len(gym_names()) > 100
+    without = set()
     for name in gym_names():
-        assert asyncio.run(GymTask(name, size=50).sample(random.Random(1))().start())[-1].content
+        task = GymTask(name, size=20)
+        env = task.sample(random.Random(1))()
+        assert asyncio.run(env.start())[-1].content
+        try:
+            _, said = task.demonstrate(random.Random(1))
+        except ValueError:
+            without.add(name)
+            continue
+        assert rewards(env, said.content)["outcome"] == 1.0, name
+    assert without == {"boxnet", "graph_color", "propositional_logic", "rubiks_cube", "rush_hour"}
+
+
+def test_a_mixture_of_gym_datasets_is_one_too():
+    parts = [DatasetSpec(name=name, weight=1.0, config={}) for name in ("gcd", "lcm")]
+    task = GymTask("composite", datasets=parts)
+    texts = [task.demonstrate(random.Random(seed))[0].content for seed in range(20)]
+    assert {"Greatest" in text for text in texts} == {True, False}
+    _, said = task.demonstrate(random.Random(1))
+    assert rewards(task.sample(random.Random(1))(), said.content)["outcome"] == 1.0
+    with pytest.raises(ValueError, match="composite refuses"):
+        GymTask("composite")
 
 
 def test_held_out_questions_of_a_gym_dataset_are_never_trained_on():
@@ -169,7 +191,8 @@ def test_a_tool_environment_of_verifiers_runs_its_tools_between_the_policys_mess
     async def play():
         env = verifiers_task(environment_of_verifiers("ToolEnv", tools=[add], max_turns=5)).sample(random.Random(2))()
         system, user = await env.start()
-        assert system.content.startswith("Be brief.\nTools:\nadd: Add two numbers.")
+        assert system.content == "Be brief."
+        assert [(offer["name"], offer["description"]) for offer in system.tools] == [("add", "Add two numbers.")]
         number = int(user.content.split()[2])
         calls = (ToolCall("add", {"a": number, "b": 1}), ToolCall("add", {"a": 0, "b": 0}))
         step = await env.step(Message("assistant", "", "adding", calls))
@@ -204,6 +227,26 @@ def test_an_environment_of_verifiers_that_breaks_voids_the_episode_and_close_end
         return asyncio.all_tasks()
 
     assert len(asyncio.run(play())) == 1
+
+
+def test_an_installed_environment_of_the_hub_is_found_by_its_name(tmp_path, monkeypatch):
+    pytest.importorskip("verifiers")
+    (tmp_path / "hub_sums.py").write_text(
+        "import datasets, verifiers\n"
+        "def load_environment(count: int):\n"
+        "    rows = [{'question': f'{i} + 1?', 'answer': str(i + 1)} for i in range(count)]\n"
+        "    def right(completion, answer): return float(completion[-1]['content'] == answer)\n"
+        "    rubric = verifiers.Rubric(funcs=[right])\n"
+        "    return verifiers.SingleTurnEnv(dataset=datasets.Dataset.from_list(rows), rubric=rubric)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+
+    async def play():
+        env = verifiers_task("hub-sums", count=30).sample(random.Random(1))()
+        (user,) = await env.start()
+        return await env.step(Message("assistant", str(int(user.content.split()[0]) + 1)))
+
+    assert asyncio.run(play()).rewards["outcome"] == 1.0
 
 
 def test_splits_of_a_verifiers_environment_are_disjoint():

@@ -9,13 +9,13 @@ from trimtab.environments.alignment import (
     NOUNS,
     AlignmentTask,
     Kind,
-    RubricEnv,
     Wish,
     demonstrate,
     judge_demonstration,
 )
 from trimtab.environments.base import Message, VoidEpisode
-from trimtab.rewards.rubric import Rubric, parse_verdict
+from trimtab.environments.rubric import RubricEnv
+from trimtab.rewards.rubric import Rubric, RubricScore, parse_verdict, truths
 
 PATTERNS: dict[Kind, str] = {
     "greet": r"[Gg]reet (\w+)",
@@ -48,8 +48,8 @@ async def truthful(prompt: str) -> str:
     return "yes" if granted(wish, note) else "no"
 
 
-async def always_yes(prompt: str) -> str:
-    return "yes"
+async def says_yes(answer: str, rubric: Rubric, *, task: str = "") -> RubricScore:
+    return RubricScore(rubric, (True,) * len(rubric.criteria), truths(answer, rubric))
 
 
 def write(prompt: str) -> str:
@@ -114,15 +114,18 @@ def test_a_perfect_writer_gets_full_reward(held_out):
     for _ in range(200):
         env = AlignmentTask(truthful).sample(rng, held_out=held_out)()
         (opening,) = asyncio.run(env.start())
-        assert set(rewards_of(env, write(opening.content)).values()) == {1.0}
+        rewards = rewards_of(env, write(opening.content))
+        assert rewards.pop("injection") == 0.0
+        assert set(rewards.values()) == {1.0}
 
 
 def test_rubric_parts_tell_the_judge_from_the_truth():
     """Weights: greet 1, mention 2, thank 1. Granted: the greeting alone. The judge says yes to all three."""
     rubric = Rubric(tuple(wish.criterion() for wish in (GREET, BOAT, THANK)))
-    rewards = rewards_of(RubricEnv("Write a note.", rubric, always_yes, "en"), "Hello Mei. 书很老。")
+    rewards = rewards_of(RubricEnv("Write a note.", rubric, says_yes, language="en"), "Hello Mei. 书很老。")
     assert rewards == {
         "rubric": 1.0,
+        "injection": 0.0,
         "rubric_truth": pytest.approx(1 / 4),
         "judge_agreement": pytest.approx(1 / 3),
         "language": pytest.approx(2 / 5),

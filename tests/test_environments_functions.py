@@ -9,8 +9,8 @@ import pytest
 from pydantic import BaseModel, Field
 
 from trimtab.environments.base import Message, ToolCall, VoidEpisode
-from trimtab.environments.functions import ToolEnv, as_text, call, describe, tool
-from trimtab.environments.tools import CALCULATE
+from trimtab.environments.functions import ToolEnv, as_text, tool
+from trimtab.environments.tools import CALCULATE, call, offered
 
 
 class Colour(Enum):
@@ -85,6 +85,7 @@ def test_wrong_arguments_come_back_as_an_error_that_names_them(arguments, told):
 
 def test_an_unknown_tool_comes_back_as_an_error_that_lists_the_tools():
     assert asyncio.run(call([tool(add)], ToolCall("sub"))) == "error: no tool sub; there are add"
+    assert asyncio.run(call([], ToolCall("sub"))) == "error: no tool sub; there are none"
 
 
 @pytest.mark.parametrize("error", [KeyError("k"), StopIteration(), SystemExit(2), ZeroDivisionError("by zero")])
@@ -145,9 +146,21 @@ def strange(lock: threading.Lock) -> str:
     return str(lock)
 
 
+def undefined(a: "NoSuchType") -> str:  # noqa: F821
+    """Do."""
+    return str(a)
+
+
 @pytest.mark.parametrize(
     ("function", "told"),
-    [(no_docstring, "docstring"), (no_hint, "type hint"), (starred, "by name"), (strange, "JSON"), (lambda: 1, "def")],
+    [
+        (undefined, "NoSuchType"),
+        (no_docstring, "docstring"),
+        (no_hint, "type hint"),
+        (starred, "by name"),
+        (strange, "JSON"),
+        (lambda: 1, "def"),
+    ],
 )
 def test_a_function_that_cannot_be_a_tool_is_refused_with_the_reason(function, told):
     with pytest.raises(ValueError, match=told):
@@ -165,7 +178,8 @@ def said(env, *calls: ToolCall, content: str = ""):
 def test_an_episode_ends_with_the_first_message_without_calls():
     env = ToolEnv("1 + 2?", [tool(add)], outcome)
     system, user = asyncio.run(env.start())
-    assert system.content == describe([tool(add)]) and '"integer"' in system.content and user.content == "1 + 2?"
+    assert system == Message("system", tools=offered([tool(add)])) and user == Message("user", "1 + 2?")
+    assert system.tools[0]["name"] == "add" and system.tools[0]["parameters"]["required"] == ["a"]
     step = said(env, ToolCall("add", {"a": 1, "b": 2}), ToolCall("add", {}))
     assert [reply.content for reply in step.replies] == ["3", "error: a: Field required"] and not step.done
     step = said(env, content="3")
@@ -210,6 +224,70 @@ def test_a_reward_may_be_a_coroutine_function():
 def test_a_reward_that_is_no_mapping_to_finite_numbers_is_refused(parts):
     with pytest.raises(ValueError, match="reward"):
         said(ToolEnv("?", [], lambda message: parts), content="3")
+
+
+def test_code_points_that_are_no_text_come_back_as_question_marks():
+    def broken_text() -> str:
+        """Say something."""
+        return "a\ud800"
+
+    assert result(broken_text) == "a?"
+
+
+def test_coroutine_functions_that_await_nothing_run_one_after_the_other():
+    total = [0]
+
+    async def double_and_add(number: int) -> int:
+        """Double the total and add a number."""
+        total[0] = 2 * total[0] + number
+        return total[0]
+
+    env = ToolEnv("?", [tool(double_and_add)], outcome)
+    step = said(env, *(ToolCall("double_and_add", {"number": number}) for number in (1, 2, 3)))
+    assert [reply.content for reply in step.replies] == ["1", "4", "11"]
+
+
+def test_a_tool_that_voids_the_episode_cancels_the_other_calls_of_its_message():
+    ended = []
+
+    async def wait() -> str:
+        """Wait."""
+        try:
+            await asyncio.sleep(60)
+        finally:
+            ended.append("wait")
+
+    async def broken() -> str:
+        """Break."""
+        await asyncio.sleep(0)
+        raise VoidEpisode("the server is down")
+
+    with pytest.raises(VoidEpisode):
+        said(ToolEnv("?", [tool(wait), tool(broken)], outcome), ToolCall("wait"), ToolCall("broken"))
+    assert ended == ["wait"]
+
+
+def test_closing_an_environment_closes_every_tool_that_can_be_closed():
+    closed = []
+
+    class Door:
+        description, parameters = "A door.", {"type": "object", "properties": {}}
+
+        def __init__(self, name: str):
+            self.name = name
+
+        async def call(self, arguments):
+            return "open"
+
+        async def close(self):
+            closed.append(self.name)
+            if self.name == "stuck":
+                raise OSError("stuck")
+
+    env = ToolEnv("?", [Door("front"), tool(add), Door("stuck")], outcome)
+    with pytest.raises(OSError, match="stuck"):
+        asyncio.run(env.close())
+    assert set(closed) == {"front", "stuck"}
 
 
 def test_two_tools_of_one_name_are_refused():

@@ -7,8 +7,7 @@ import pytest
 
 from trimtab.environments import search
 from trimtab.environments.base import Message, ToolCall
-from trimtab.environments.corpus import COUNTS, RELATIONS, generate
-from trimtab.environments.functions import call
+from trimtab.environments.corpus import COUNTS, RELATIONS, World, generate, sentence
 from trimtab.environments.rows import Document, read_documents
 from trimtab.environments.search import (
     PAGE,
@@ -20,6 +19,7 @@ from trimtab.environments.search import (
     search_tools,
     snippet,
 )
+from trimtab.environments.tools import call
 
 DOCUMENTS = [
     Document("a", "Apples", "Apples grow on trees."),
@@ -28,6 +28,7 @@ DOCUMENTS = [
     Document("d", "Apples", "Apples grow on trees."),
 ]
 TASK = SearchTask()
+LONG = SearchTask(ask=World.total, filler=800, page=1200, max_messages=99)
 
 
 def found(query: str, k: int = 5) -> list[str]:
@@ -60,11 +61,13 @@ def test_a_snippet_is_the_stretch_with_most_of_the_words():
 
 def test_pages_join_to_the_text_and_no_page_is_too_long():
     rng = random.Random(1)
-    for _ in range(50):
+    for size in (PAGE, 50) * 25:
         text = "".join(rng.choice("abc \n") * rng.choice((1, 1, 7, 900)) for _ in range(rng.randrange(60)))
-        pages = paginate(text)
-        assert "".join(pages) == text and all(len(page) <= PAGE for page in pages)
+        pages = paginate(text, size)
+        assert "".join(pages) == text and all(0 < len(page) <= size for page in pages if text)
     assert paginate("") == [""]
+    assert paginate("one two\n\nthree four", 12) == ["one two\n\n", "three four"]
+    assert paginate("a\n\nthree four five", 12) == ["a\n\nthree ", "four five"]
 
 
 def answer(tools, name: str, **arguments) -> str:
@@ -147,13 +150,35 @@ def test_the_world_depends_on_its_seed_alone_and_every_link_leads_to_a_page():
                 assert world.entities[entity.facts[relation.name]].kind == relation.kind
 
 
-def test_every_answer_can_be_read_on_the_bridges_page_which_the_starts_page_names():
+@pytest.mark.parametrize("hops", [1, 2, 5])
+def test_every_page_on_the_way_names_the_next_and_the_last_one_the_answer(hops):
     pages = {document.title: document.text for document in TASK.world.documents()}
     rng = random.Random(1)
-    for _ in range(300):
-        question = TASK.world.question(rng)
-        assert question.bridge.name in pages[question.start.name] and question.answer in pages[question.bridge.name]
-        assert question.start.name in question.text
+    for _ in range(100):
+        question = TASK.world.question(rng, hops=hops)
+        named = [*(entity.name for entity in question.entities[1:]), question.answer]
+        assert len(named) == hops == len(question.relations) and question.entities[0].name in question.text
+        for entity, relation, name in zip(question.entities, question.relations, named, strict=True):
+            assert name in sentence(entity, relation) and sentence(entity, relation) in pages[entity.name]
+
+
+def test_a_total_takes_a_number_of_each_page():
+    rng = random.Random(1)
+    for _ in range(100):
+        question = TASK.world.total(rng, count=3)
+        numbers = [int(one.facts[name]) for one, name in zip(question.entities, question.relations, strict=True)]
+        assert len({entity.id for entity in question.entities}) == 3 and question.answer == str(sum(numbers))
+        assert all(entity.name in question.text for entity in question.entities)
+
+
+def test_on_long_pages_each_fact_stands_alone_on_a_page_of_its_own():
+    for entity in list(LONG.world.entities.values())[::7]:
+        _, count = LONG.index.page(entity.id)
+        pages = [LONG.index.page(entity.id, page)[0] for page in range(1, count + 1)]
+        for relation in RELATIONS[entity.kind]:
+            (found,) = [page for page in pages if sentence(entity, relation.name) in page]
+            assert len(found) > 800 and sum(sentence(entity, one.name) in found for one in RELATIONS[entity.kind]) == 1
+        assert LONG.index.search(entity.name)[0].id == entity.id
 
 
 def test_every_entity_is_found_first_by_its_name():
@@ -161,7 +186,8 @@ def test_every_entity_is_found_first_by_its_name():
     assert missed == []
 
 
-def test_a_demonstration_replays_in_its_environment_and_earns_full_reward():
+@pytest.mark.parametrize("task", [TASK, LONG], ids=["two hops", "a total of long pages"])
+def test_a_demonstration_replays_in_its_environment_and_earns_full_reward(task):
     async def replay(env, conversation) -> dict[str, float]:
         assert await env.start() == conversation[:2]
         i = 2
@@ -173,8 +199,8 @@ def test_a_demonstration_replays_in_its_environment_and_earns_full_reward():
             i += 1 + len(step.replies)
 
     for seed in range(30):
-        conversation = TASK.demonstrate(random.Random(seed))
-        env = TASK.sample(random.Random(seed))()
+        conversation = task.demonstrate(random.Random(seed))
+        env = task.sample(random.Random(seed))()
         assert asyncio.run(replay(env, conversation)) == {"outcome": 1.0}
 
 

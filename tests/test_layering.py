@@ -18,7 +18,7 @@ MAY_IMPORT = {
 DOORS = {  # the only places through which a heavy dependency enters; a folder ends in a slash
     "ray": {"rollout/pool.py"},
     "vllm": {f"rollout/{name}.py" for name in ("dsa_model", "engine", "plugin", "recording", "weights")},
-    "transformers": {"rollout/chat.py", "rollout/dsa_model.py", "rollout/template.py"}
+    "transformers": {f"rollout/{name}.py" for name in ("chat", "dsa_model", "scripted", "template")}
     | {f"grpo/{name}.py" for name in ("cold_start", "policy", "tokenizer")},
     "triton": {"kernels/"},
     "torch": {"kernels/", "grpo/"}
@@ -29,7 +29,9 @@ DOORS = {  # the only places through which a heavy dependency enters; a folder e
 }
 FILES = sorted(path.relative_to(ROOT).as_posix() for package in MAY_IMPORT for path in (ROOT / package).rglob("*.py"))
 SCRIPTS = sorted(
-    path.relative_to(ROOT).as_posix() for folder in ("tests", "benchmarks") for path in (ROOT / folder).rglob("*.py")
+    path.relative_to(ROOT).as_posix()
+    for folder in ("tests", "benchmarks", "examples")
+    for path in (ROOT / folder).rglob("*.py")
 )
 
 

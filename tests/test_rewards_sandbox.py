@@ -305,6 +305,17 @@ asyncio.run(sandbox.run(argv, folder=Path({str(tmp_path)!r}), within=within))
     assert gone(marker)
 
 
+def test_a_sandbox_whose_parent_is_gone_before_it_has_begun_does_not_begin(tmp_path):
+    """A process cannot be killed with a parent that it no longer has; here, another process stands in its place."""
+    within = next(candidate for candidate in MECHANISMS if candidate.name.startswith("namespaces"))
+    if not works(within):
+        pytest.skip(isolation())
+    argv = sandbox.command(["echo", "begun"], tmp_path, LIMITS, within=within)
+    assert subprocess.run(argv, capture_output=True, text=True).stdout == "begun\n"
+    adopted = subprocess.run(["sh", "-c", '"$@"; exit $?', "sh", *argv], capture_output=True, text=True)
+    assert (adopted.returncode, adopted.stdout) == (1, "")
+
+
 def test_a_scratch_folder_goes_however_deep_and_locked_it_is():
     async def play():
         async with scratch() as folder:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trimtab.environments.base import Message, ToolCall
-from trimtab.rollout.openai_messages import from_openai, load_arguments, restore_reasoning, to_openai
+from trimtab.rollout.openai_messages import from_openai, load_arguments, restore_reasoning, to_openai, unseen
 
 ASK = Message("user", "Add.")
 TWO = Message("assistant", "Wait.", reasoning="both", tool_calls=(ToolCall("get", {"k": "é\n"}), ToolCall("list")))
@@ -42,6 +42,17 @@ def test_results_take_the_order_of_the_calls_they_answer():
     assert from_openai([*RAW[:2], RAW[3], RAW[2], RAW[4]]) == SAID
 
 
+def test_without_ids_results_answer_calls_in_their_order():
+    bare = [{key: value for key, value in one.items() if key != "tool_call_id"} for one in RAW]
+    calls = [{key: value for key, value in call.items() if key != "id"} for call in RAW[1]["tool_calls"]]
+    bare[1] = {**RAW[1], "tool_calls": calls}
+    assert from_openai(bare) == SAID
+    with pytest.raises(ValueError, match="is not one of"):
+        from_openai([*bare[:2], RAW[2]])
+    with pytest.raises(ValueError, match="is not one of"):
+        from_openai([*RAW[:2], bare[2]])
+
+
 @pytest.mark.parametrize(
     ("raw", "message"),
     [
@@ -69,14 +80,16 @@ def result(name: str = "c") -> dict[str, object]:
 @pytest.mark.parametrize(
     ("raw", "reason"),
     [
-        ([{"role": "developer", "content": "a"}], "send a developer's as system"),
+        ([{"role": "function", "content": "a"}], "no role 'function'"),
+        ([{"role": "user", "content": "a", "tools": []}], r"no \['tools'\]; remove it"),
+        ([{"role": "system", "content": "a", "tools": [{"name": "f"}]}], "a tool needs type 'function'"),
         ([{"content": "a"}], "no role None"),
         ([{"role": "user", "content": "a", "name": "Bo"}], r"no \['name'\]; remove it"),
         ([{"role": "user"}], "content must be text, got None"),
         ([{"role": "user", "content": [{"type": "image_url"}]}], "content must be text"),
         ([{"role": "assistant", "reasoning": "a", "reasoning_content": "b"}], "send one of them"),
-        ([calling({**CALL, "type": "custom"})], "a call needs id"),
-        ([calling({**CALL, "function": {"name": "f", "arguments": {}}})], "a call needs id"),
+        ([calling({**CALL, "type": "custom"})], "a call has an id"),
+        ([calling({**CALL, "function": {"name": "f", "arguments": {}}})], "a call has an id"),
         ([calling({**CALL, "function": {"name": "f", "arguments": "[]"}})], "must be a JSON object"),
         ([calling(CALL, CALL)], "two calls share an id"),
         ([calling(CALL), {"role": "user", "content": "a"}], "1 calls wait for a result before a message of user"),
@@ -116,7 +129,7 @@ def test_what_the_api_cannot_say_is_refused(messages, reason):
     ["", "1", "[]", "{", '{"x": NaN}', '{"x": 1e999}', '{"x": 1, "x": 2}', '{"x": "\\ud800"}', '{"x":' + "[" * 10**5],
 )
 def test_arguments_are_read_strictly(text):
-    with pytest.raises(ValueError, match="JSON object"):
+    with pytest.raises(ValueError, match="JSON"):
         load_arguments(text)
 
 
@@ -130,12 +143,19 @@ CALLS = st.lists(st.builds(ToolCall, TEXT, st.dictionaries(TEXT, JSON, max_size=
 TURNS = st.builds(Message, st.just("assistant"), TEXT, TEXT, CALLS)
 
 
+TOOLS = st.lists(st.fixed_dictionaries({"name": TEXT, "parameters": JSON}), max_size=2).map(tuple)
+FORMATS = st.none() | st.dictionaries(TEXT, JSON, max_size=2)
+QUESTIONS = st.builds(Message, st.just("user"), TEXT) | st.builds(
+    Message, st.just("developer"), TEXT, tools=TOOLS, response_format=FORMATS
+)
+
+
 @st.composite
 def conversations(draw: st.DrawFn) -> tuple[Message, ...]:
-    messages = [Message("system", draw(TEXT)), ASK]
+    messages = [Message("system", draw(TEXT), tools=draw(TOOLS), response_format=draw(FORMATS)), ASK]
     for said in draw(st.lists(TURNS, max_size=4)):
         results = [Message("tool", draw(TEXT)) for _ in said.tool_calls]
-        messages += [said, *(results or [Message("user", draw(TEXT))])]
+        messages += [said, *(results or [draw(QUESTIONS)])]
     return tuple(messages)
 
 
@@ -192,3 +212,21 @@ def test_equal_turns_are_taken_in_order_and_those_that_thought_the_same_need_no_
     bare = replace(ANSWER, reasoning="")
     assert restore_reasoning((bare, bare), (ANSWER, OTHER)) == (ANSWER, OTHER)
     assert restore_reasoning((bare,), (ANSWER, ANSWER)) == (ANSWER,)
+
+
+@given(conversations(), st.integers(0, 12))
+def test_a_conversation_goes_on_where_it_stood(messages, count):
+    known = messages[:count]
+    sent = tuple(replace(message, reasoning="") if i < count else message for i, message in enumerate(messages))
+    new = tuple(message for message in messages[count:] if message.role != "assistant")
+    assert unseen((*sent[:count], *new), known) == new
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [(Message("user", "Add!"), ANSWER), (ANSWER, ASK), (ASK,), (ASK, replace(ANSWER, content="16"))],
+    ids=["a question reworded", "another order", "a turn cut off", "an answer reworded"],
+)
+def test_a_framework_that_changes_what_was_said_is_noticed(sent):
+    with pytest.raises(ValueError, match=r"message [01]"):
+        unseen(sent, (ASK, ANSWER))

@@ -1,17 +1,19 @@
 """Episodes over a scripted engine: what reaches the environment, and what training gets."""
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 from tiny import tiny_tokenizer
 
 from trimtab.environments.base import Message, Step, ToolCall, VoidEpisode
+from trimtab.rewards.types import Answer
 from trimtab.rollout.chat import Chat
-from trimtab.rollout.play import Played, play_group
+from trimtab.rollout.play import Played, Rules, gather, play_group
 from trimtab.rollout.types import Completion, Request, Sampling
 
 CHAT = Chat(tiny_tokenizer())
@@ -56,9 +58,11 @@ class Scene:
     """An environment that answers with given steps, or raises what it is given."""
 
     steps: list[Step | Exception]
-    opening: tuple[Message, ...] = (ASK,)
+    opening: tuple[Message, ...] | Exception = (ASK,)
 
     async def start(self) -> tuple[Message, ...]:
+        if isinstance(self.opening, Exception):
+            raise self.opening
         return self.opening
 
     async def step(self, message: Message) -> Step:
@@ -73,9 +77,18 @@ def weigh(parts: Mapping[str, float]) -> float:
 
 
 def play(script: Script, *steps: Step | Exception, **changes: Any) -> Played:
-    options: dict[str, Any] = {"name": "step0/agent", "domain": "agent", "group_size": 2, "max_len": 400, "seed": 1}
-    options |= {"sampling": Sampling(max_tokens=100), "weigh": weigh, "generate": script, "chat": CHAT} | changes
-    return asyncio.run(play_group(lambda: Scene(list(steps)), **options))
+    return play_scenes(script, lambda: Scene(list(steps)), **changes)
+
+
+def play_scenes(script: Script, make_env: Callable[[], Any], **changes: Any) -> Played:
+    return asyncio.run(playing(script, make_env, **changes))
+
+
+def playing(script: Script, make_env: Callable[[], Any], **changes: Any) -> Coroutine[Any, Any, Played]:
+    rules = replace(Rules(sampling=Sampling(max_tokens=100), weigh=weigh, max_len=400), **changes)
+    return play_group(
+        make_env, name="step0/agent", domain="agent", group_size=2, generate=script, chat=CHAT, rules=rules, seed=1
+    )
 
 
 DONE = Step(rewards={"outcome": 1.0}, done=True)
@@ -84,7 +97,7 @@ LOOKED_UP = Step(replies=(Message("tool", "15"),), rewards={"outcome": 0.25})
 
 def test_an_episode_ends_with_its_rewards_and_its_messages():
     script = Script(ANSWER)
-    group = play(script, DONE, length_penalty=lambda n: -float(n)).group
+    group = play(script, DONE, group_rewards={"length": lambda answers: [-one.length for one in answers]}).group
     assert group is not None and group.name == "step0/agent" and len(group.episodes) == 2
     for i, episode in enumerate(group.episodes):
         sampled = len(ids_of(ANSWER))
@@ -182,19 +195,162 @@ def test_an_engine_without_experts_needs_no_routes():
 def test_environments_of_a_group_must_open_alike_and_fit():
     openings = iter("ab")
     with pytest.raises(ValueError, match="open with the same messages"):
-        asyncio.run(
-            play_group(
-                lambda: Scene([DONE], (Message("user", next(openings)),)),
-                name="g",
-                domain="d",
-                group_size=2,
-                generate=Script(ANSWER),
-                chat=CHAT,
-                sampling=Sampling(),
-                weigh=weigh,
-                max_len=400,
-                seed=0,
-            )
-        )
+        play_scenes(Script(ANSWER), lambda: Scene([DONE], (Message("user", next(openings)),)))
     with pytest.raises(ValueError, match="does not fit max_len = 5"):
         play(Script(ANSWER), DONE, max_len=5)
+
+
+def test_an_environment_that_cannot_start_voids_its_episode_alone():
+    openings = iter([(ASK,), VoidEpisode("no kernel"), (ASK,)])
+    script = Script(ANSWER)
+    played = asyncio.run(
+        play_group(
+            lambda: Scene([DONE], next(openings)),
+            name="g",
+            domain="d",
+            group_size=3,
+            generate=script,
+            chat=CHAT,
+            rules=Rules(sampling=Sampling(max_tokens=100), weigh=weigh, max_len=400),
+            seed=0,
+        )
+    )
+    assert played.voided == 1 and played.group is not None and len(played.group.episodes) == 2
+    assert script.requests[0].n == 2
+    assert play_scenes(script, lambda: Scene([], VoidEpisode("no kernel"))) == Played(group=None, voided=2)
+
+
+class Kernel(Scene):
+    """A scene that holds something until it is closed, and waits where it has no step left."""
+
+    running: ClassVar[set[int]] = set()
+
+    async def start(self) -> tuple[Message, ...]:
+        self.running.add(id(self))
+        return await super().start()
+
+    async def step(self, message: Message) -> Step:
+        if not self.steps:
+            await asyncio.sleep(60)
+        return await super().step(message)
+
+    async def close(self) -> None:
+        await asyncio.sleep(0)
+        self.running.discard(id(self))
+
+
+@pytest.mark.parametrize(
+    ("steps", "opening", "error"),
+    [
+        ([DONE], (ASK,), None),
+        ([VoidEpisode("broken")], (ASK,), None),
+        ([], VoidEpisode("no kernel"), None),
+        ([Step(replies=(Message("user", "</think>"),))], (ASK,), None),
+        ([KeyError("a bug")], (ASK,), KeyError),
+        ([], KeyError("a bug"), KeyError),
+        ([DONE], (Message("user", "a" * 500),), ValueError),
+        ([], (ASK,), TimeoutError),
+    ],
+    ids=["done", "void", "no start", "refused", "bug", "bug at start", "does not fit", "cancelled"],
+)
+def test_every_environment_is_closed_however_its_episode_ends(steps, opening, error):
+    async def run() -> None:
+        made = iter([Kernel(list(steps), opening), Kernel([] if error else list(steps), (ASK,) if error else opening)])
+        await asyncio.wait_for(playing(Script(ANSWER), made.__next__), 0.5)
+
+    with nullcontext() if error is None else pytest.raises(error):
+        asyncio.run(run())
+    assert set() == Kernel.running
+
+
+def test_what_is_gathered_has_ended_before_the_error_is_raised():
+    ended = []
+
+    async def wait() -> None:
+        try:
+            await asyncio.sleep(60)
+        finally:
+            ended.append(True)
+
+    async def fail() -> None:
+        await asyncio.sleep(0.01)
+        raise KeyError("first")
+
+    with pytest.raises(KeyError, match="first"):
+        asyncio.run(gather([wait(), fail(), wait()]))
+    assert ended == [True, True]
+
+
+def test_group_rewards_compare_the_episodes_that_are_left_and_see_their_parts():
+    seen: list[Sequence[Answer]] = []
+
+    def rank(answers: Sequence[Answer]) -> list[float]:
+        seen.append(answers)
+        return [float(i) for i in range(len(answers))]
+
+    steps = iter([Step(rewards={"outcome": 1.0}, done=True, notes={"rubric": "fine"}), VoidEpisode("silent"), DONE])
+    rules = Rules(sampling=Sampling(max_tokens=100), weigh=lambda p: p["outcome"] + p["rank"], max_len=400)
+    played = asyncio.run(
+        play_group(
+            lambda: Scene([next(steps)]),
+            name="g",
+            domain="d",
+            group_size=3,
+            generate=Script(ANSWER),
+            chat=CHAT,
+            rules=replace(rules, group_rewards={"rank": rank}),
+            seed=0,
+        )
+    )
+    assert played.group is not None and played.voided == 1
+    answer = Answer("15", "add", len(ids_of(ANSWER)), {"outcome": 1.0})
+    assert seen == [[answer, answer]]
+    first, second = played.group.episodes
+    assert first.rewards == {"outcome": 1.0, "rank": 0.0} and second.rewards == {"outcome": 1.0, "rank": 1.0}
+    assert (first.reward, second.reward) == (1.0, 2.0) and first.notes == {"rubric": "fine"}
+
+
+def test_an_episode_without_an_answer_is_compared_with_no_text():
+    texts = []
+
+    def look(answers: Sequence[Answer]) -> list[float]:
+        texts.extend((one.text, one.length, dict(one.rewards)) for one in answers)
+        return [0.0] * len(answers)
+
+    play(Script(ANSWER), sampling=Sampling(max_tokens=3), group_rewards={"look": look})
+    assert texts == [("", 3, {"outcome": 0.0})] * 2
+
+
+def test_process_rewards_score_each_segment_and_their_sum_is_the_part():
+    seen: list[Answer] = []
+
+    def calls(answers: Sequence[Answer]) -> list[float]:
+        seen.extend(answers)
+        return [float(one.text.count("arguments")) for one in answers]
+
+    steps = (LOOKED_UP, Step(replies=(Message("user", "And?"),), rewards={"outcome": 0.5}), DONE)
+    group = play(Script(CALL, ANSWER, ANSWER), *steps, process_rewards={"calls": calls}).group
+    assert group is not None
+    for episode in group.episodes:
+        assert episode.process == {"calls": (1.0, 0.0)} and episode.rewards == {"outcome": 1.75, "calls": 1.0}
+    sampled = [len(ids_of(CALL)) + len(ids_of(ANSWER)), len(ids_of(ANSWER))]
+    assert seen[:2] == [
+        Answer('{"name": "get", "arguments": {"key": "a"}}\n\n15', "look\n\nadd", sampled[0], {"outcome": 0.75}),
+        Answer("15", "add", sampled[1], {"outcome": 1.0}),
+    ]
+
+
+@pytest.mark.parametrize("kind", ["group_rewards", "process_rewards"])
+def test_a_part_from_two_places_and_a_value_too_few_are_told(kind):
+    with pytest.raises(ValueError, match="'outcome' comes from two places"):
+        play(Script(ANSWER), DONE, **{kind: {"outcome": lambda answers: [0.0] * len(answers)}})
+    with pytest.raises(ValueError, match="one value for each"):
+        play(Script(ANSWER), DONE, **{kind: {"none": lambda answers: []}})
+
+
+def test_a_group_reward_that_cannot_judge_voids_the_group():
+    def silent(answers: Sequence[Answer]) -> list[float]:
+        raise VoidEpisode("the judge is silent")
+
+    assert play(Script(ANSWER), DONE, group_rewards={"rank": silent}) == Played(group=None, voided=2)
+    assert play(Script(ANSWER), DONE, process_rewards={"rank": silent}) == Played(group=None, voided=2)

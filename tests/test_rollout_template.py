@@ -1,23 +1,21 @@
 """Models with their own chat template: the rules of Qwen3's, written short, and templates that break them."""
 
 import asyncio
-import random
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scene import Engine, Scene
 from tiny import CORPUS
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from trimtab.environments.base import Message, Step, ToolCall
-from trimtab.rollout import play
+from trimtab.environments.base import Message, ToolCall
 from trimtab.rollout.chat import MarkupError
+from trimtab.rollout.play import Rules, play_group
 from trimtab.rollout.template import TemplateChat, TemplateConversation
-from trimtab.rollout.types import Completion, Request, Sampling
+from trimtab.rollout.types import Sampling
 
 SHOWN = "loop.index0 > last.user and (loop.last or m.reasoning_content)"
 TEMPLATE = """
@@ -214,9 +212,57 @@ def test_marks_in_the_text_of_others_are_refused_and_nothing_is_appended(role, m
 def test_calls_need_their_results(replies):
     conversation = TemplateConversation(CHAT, (ASK,), thinking=True)
     conversation.add_sampled(sampled(CALL))
-    with pytest.raises(ValueError, match=r"wait for a result|nothing to answer"):
+    with pytest.raises(ValueError, match=r"tool calls|nothing to answer"):
         conversation.add(replies)
         conversation.prompt_ids()
+
+
+WITH_TOOLS = QWEN.replace(
+    "m.content + '<|im_end|>\\n' }}\n{%- endif", "m.content + SPEC + '<|im_end|>\\n' }}\n{%- endif"
+).replace("SPEC", "((tools | tojson) if tools and loop.first else '')")
+TOOL = {"name": "get", "description": "Get a value.", "parameters": {"type": "object"}}
+
+
+def test_tools_reach_the_policy_through_the_template():
+    conversation = TemplateConversation(chat_of(WITH_TOOLS), (replace(SYSTEM, tools=(TOOL,)), ASK), thinking=True)
+    text = CHAT.decode(conversation.prompt_ids())
+    assert text.startswith('<|im_start|>system\nS[{"type": "function", "function": {"name": "get", ')
+
+
+def test_a_template_that_leaves_out_tools_is_refused():
+    conversation = TemplateConversation(CHAT, (replace(SYSTEM, tools=(TOOL,)), ASK), thinking=True)
+    with pytest.raises(ValueError, match=r"leaves out the tools \['get'\]"):
+        conversation.prompt_ids()
+
+
+@pytest.mark.parametrize(
+    ("messages", "reason"),
+    [
+        ((Message("developer", "D"),), "no developer"),
+        ((replace(SYSTEM, response_format={"type": "object"}),), "no response format"),
+        ((Message("function", "F"),), "no role 'function'"),
+        ((Message("user", "\ud800"),), "not Unicode"),
+        ((replace(SYSTEM, tools=({**TOOL, "description": "</think>"},)),), "reserved"),
+        ((ASK, ANSWER, ANSWER), "with one message"),
+        ((ASK, SYSTEM), "between a question and its answer"),
+    ],
+)
+def test_what_could_not_be_played_is_refused(messages, reason):
+    with pytest.raises(ValueError, match=reason):
+        TemplateConversation(CHAT, messages, thinking=True)
+
+
+@pytest.mark.parametrize("messages", [(), (SYSTEM,), (ASK, CALL), (ASK, ANSWER)])
+def test_the_policy_answers_only_a_user_or_results(messages):
+    conversation = TemplateConversation(CHAT, messages, thinking=True)
+    with pytest.raises(ValueError):
+        conversation.add_sampled(sampled(ANSWER))
+
+
+@pytest.mark.parametrize("message", [replace(ANSWER, content="15\n"), replace(ANSWER, content="\ufffd")])
+def test_what_could_not_be_read_back_is_not_written(message):
+    with pytest.raises(ValueError):
+        CHAT.encode_assistant(message, thinking=True)
 
 
 def test_a_tokenizer_without_a_template_is_refused():
@@ -236,100 +282,26 @@ def test_what_is_rendered_is_read_back(message, thinking, chat):
     assert chat.parse(sampled(message, thinking, chat), thinking=thinking) == message
 
 
-@dataclass
-class Scene:
-    """An environment that answers calls with results and everything else as the user, for some turns."""
-
-    turns: int
-    heard: list[Message] = field(default_factory=list)
-
-    async def start(self) -> tuple[Message, ...]:
-        return (SYSTEM, ASK)
-
-    async def step(self, message: Message) -> Step:
-        self.heard.append(message)
-        results = tuple(Message("tool", f"r{i}") for i in range(len(message.tool_calls)))
-        return Step(replies=results or (AGAIN,), rewards={"outcome": 1.0}, done=len(self.heard) == self.turns)
-
-
-@dataclass
-class Engine:
-    """Says given messages, spelt in random pieces, and numbers every sampled token in its logp."""
-
-    said: list[Message]
-    thinking: bool
-    rng: random.Random
-    seen: dict[str, list[tuple[tuple[int, ...], np.ndarray, np.ndarray]]] = field(default_factory=dict)
-    count: int = 0
-
-    async def __call__(self, request: Request) -> list[Completion]:
-        turn = int(request.name.rpartition(".")[2]) if "." in request.name else 0
-        names = [request.name.partition(".")[0]] if turn else [f"g#{i}" for i in range(request.n)]
-        return [self.say(request, name, self.said[turn]) for name in names]
-
-    def say(self, request: Request, name: str, message: Message) -> Completion:
-        *ids, end = sampled(message, self.thinking)
-        spelt = [i for one in ids for i in self.pieces(one)]
-        token_ids = np.array([*spelt, end], np.int32)
-        logp = -np.arange(self.count, self.count + len(token_ids), dtype=np.float32)
-        self.count += len(token_ids)
-        self.seen.setdefault(name, []).append((request.prompt_ids, token_ids, logp))
-        return Completion(
-            token_ids=token_ids,
-            logp=logp,
-            kept_ids=token_ids,
-            kept_offsets=np.arange(len(token_ids) + 1),
-            routes=np.zeros((0, 0, 0), np.uint8),
-            weight_version=1,
-            finish="stop",
-        )
-
-    def pieces(self, one: int) -> list[int]:
-        text = CHAT.decode([one])
-        if not text.isascii() or text.startswith("<") or self.rng.random() < 0.5:
-            return [one]
-        return [i for letter in text for i in CHAT.encode(letter)]
-
-
-def weigh(parts: Mapping[str, float]) -> float:
-    return parts["outcome"]
-
-
 @settings(max_examples=20)
 @given(st.lists(SAID, min_size=1, max_size=3), st.booleans(), st.randoms(use_true_random=False))
 def test_what_trains_is_what_was_sampled(said, thinking, rng):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(play, "Conversation", TemplateConversation)
-        said = [message if thinking else replace(message, reasoning="") for message in said]
-        engine = Engine(said, thinking, rng)
-        played = asyncio.run(
-            play.play_group(
-                lambda: Scene(len(said)),
-                name="g",
-                domain="d",
-                group_size=2,
-                generate=engine,
-                chat=CHAT,
-                sampling=Sampling(max_tokens=10**5),
-                weigh=weigh,
-                max_len=10**6,
-                seed=0,
-                thinking=thinking,
-            )
+    said = [message if thinking else replace(message, reasoning="") for message in said]
+    engine = Engine(CHAT, list(said), thinking, rng)
+    rules = Rules(
+        sampling=Sampling(max_tokens=10**5), max_len=10**6, weigh=lambda parts: parts["outcome"], thinking=thinking
+    )
+    played = asyncio.run(
+        play_group(
+            lambda: Scene(len(said), (SYSTEM, ASK)),
+            name="g",
+            domain="d",
+            group_size=2,
+            generate=engine,
+            chat=CHAT,
+            rules=rules,
+            seed=0,
         )
+    )
     assert played.group is not None and played.refused == ()
     drops = sum(not message.tool_calls for message in said[:-1])
-    for episode in played.group.episodes:
-        turns = iter(engine.seen[episode.name])
-        assert len(episode.segments) == 1 + drops
-        for segment in episode.segments:
-            at = 0
-            while at < len(segment.token_ids):
-                prompt, token_ids, logp = next(turns)
-                end = len(prompt) + len(token_ids)
-                assert segment.token_ids[:end].tolist() == [*prompt, *token_ids]
-                assert not segment.sampled[at : len(prompt)].any() and segment.sampled[len(prompt) : end].all()
-                start = int(segment.sampled[: len(prompt)].sum())
-                assert (segment.logp[start : start + len(logp)] == logp).all()
-                at = end
-        assert next(turns, None) is None
+    assert [engine.check(episode) for episode in played.group.episodes] == [1 + drops] * 2

@@ -1,0 +1,57 @@
+"""Engines of our own as a judge."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from trimtab.environments.base import Message
+from trimtab.rewards.judge_model import Reply
+from trimtab.rewards.rubric import Judge
+from trimtab.rollout.chat import Chat
+from trimtab.rollout.play import Generate
+from trimtab.rollout.template import TemplateChat
+from trimtab.rollout.types import Request, Sampling
+
+VERDICT_TOKENS = 32
+"""Of a yes or no and the thinking before it, for engine_judge."""
+RETRY_TOP_K = 20
+"""A malformed reply is sampled anew from so many ids: the greedy one would come back the same."""
+
+
+class EngineModel:
+    """A frozen policy that judges. It thinks first and answers greedily, and samples when it is asked again.
+
+    Nothing holds it to a schema: a reply of another form counts as malformed. Usable as judge_model.Complete.
+    """
+
+    def __init__(
+        self, generate: Generate, chat: Chat | TemplateChat, *, identity: str, max_tokens: int, thinking: bool = True
+    ) -> None:
+        self.identity = f"{identity} max_tokens={max_tokens} thinking={thinking}"
+        self._generate, self._chat, self._thinking = generate, chat, thinking
+        self._greedy = Sampling(temperature=1.0, top_p=1.0, top_k=1, max_tokens=max_tokens)  # one id is kept
+
+    async def __call__(self, prompt: str, schema: Mapping[str, Any] | None, attempt: int) -> Reply:
+        """One reply.
+
+        Raises:
+            ValueError: the reply is cut off or malformed.
+        """
+        conversation = self._chat.conversation((Message("user", prompt),), thinking=self._thinking)
+        prompt_ids = conversation.prompt_ids()
+        sampling = replace(self._greedy, top_k=RETRY_TOP_K) if attempt else self._greedy
+        name = f"judge-{hashlib.sha256(prompt.encode()).hexdigest()[:16]}"
+        (completion,) = await self._generate(Request(name=name, prompt_ids=prompt_ids, sampling=sampling, seed=attempt))
+        text = conversation.add_sampled(completion.token_ids).content
+        return Reply(text, len(prompt_ids), len(completion.token_ids))
+
+
+def engine_judge(generate: Generate, chat: Chat | TemplateChat) -> Judge:
+    """The policy as a judge of single criteria: text in, text out, asked once."""
+    model = EngineModel(generate, chat, identity="", max_tokens=VERDICT_TOKENS)
+
+    async def judge(prompt: str) -> str:
+        return (await model(prompt, None, 0)).text
+
+    return judge
