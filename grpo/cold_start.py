@@ -22,7 +22,8 @@ from trimtab.grpo.config import ColdStart, Config
 from trimtab.grpo.muon import Muon
 from trimtab.grpo.policy import Policy
 from trimtab.grpo.tokenizer import train_tokenizer
-from trimtab.rollout.chat import BOS, EOS, MARKUP, SPECIAL_TOKENS, Chat, format_calls, render
+from trimtab.rollout.chat import Chat, render
+from trimtab.rollout.dsml import BOS, EOS, MARKUP, SPECIAL_TOKENS, format_calls, tools_block
 
 Demonstrate = Callable[[random.Random], tuple[Message, ...]]
 Sequence = tuple[np.ndarray, np.ndarray]  # ids int32 [N], sampled bool [N]
@@ -147,6 +148,7 @@ def _texts(sources: Mapping[str, tuple[Demonstrate, bool, float]], settings: Col
                 yield message.content
                 yield message.reasoning
                 yield format_calls(message.tool_calls)
+                yield tools_block(message.tools) if message.tools else ""
 
 
 def _batches(
@@ -228,7 +230,11 @@ def _schedule(step: int, steps: int) -> float:
 
 def _fingerprint(config: Config) -> str:
     package = Path(__file__).parent.parent
-    sources = [Path(__file__), *sorted((package / "environments").glob("*.py")), package / "rollout" / "chat.py"]
+    formats = [package / "rollout" / f"{name}.py" for name in ("chat", "dsml", "strict_json")]
+    own = sorted(
+        {Path(file) for domain in config.domains.values() if (file := domain.task.rpartition(":")[0]).endswith(".py")}
+    )
+    sources = [Path(__file__), *sorted((package / "environments").glob("*.py")), *formats, *own]
     tasks = {name: (domain.task, domain.thinking, domain.demonstrations) for name, domain in config.domains.items()}
     settings = json.dumps([asdict(config.cold_start), tasks], sort_keys=True).encode()
     return hashlib.sha256(settings + b"".join(path.read_bytes() for path in sources)).hexdigest()[:10]

@@ -1,5 +1,6 @@
 """What tasks may ask for by name: `judge` says yes or no to one criterion, `grade` rules on a whole rubric."""
 
+import asyncio
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -7,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from trimtab.grpo.config import Config
+from trimtab.grpo.config import Config, Judge
 from trimtab.rewards.endpoint import Endpoint
 from trimtab.rewards.judge_model import JudgeModel, VerdictCache, yes_no
 from trimtab.rewards.verdicts import grade
@@ -42,23 +43,42 @@ def is_needed(config: Config) -> bool:
     return any(domain.services & SERVICES for domain in config.domains.values())
 
 
+def check(config: Config) -> None:
+    """Ask the endpoint that would judge for one word.
+
+    Raises:
+        ValueError: it does not answer.
+    """
+    if not (config.judge.model and is_needed(config)):
+        return
+    try:
+        asyncio.run(_endpoint(config.judge)("Reply with one word: yes", None, 0))
+    except ValueError:
+        return  # it answers, though not as asked
+    except Exception as error:  # a model behind a network: no key, no such model, nobody there
+        where = config.judge.base_url or "its default endpoint"
+        raise ValueError(f"the judge {config.judge.model!r} at {where} does not answer: {error!r}") from error
+
+
 @contextmanager
 def endpoint(config: Config, folder: Path) -> Iterator[Judging]:
     """The judge behind an endpoint; its verdicts are kept in the run's folder, so a resumed run does not pay again."""
-    judge = config.judge
-    complete = Endpoint(
+    cache = VerdictCache(folder / "verdicts.sqlite")
+    try:
+        model = JudgeModel(_endpoint(config.judge), cache=cache)
+        yield Judging(model, model)
+    finally:
+        cache.close()
+
+
+def _endpoint(judge: Judge) -> Endpoint:
+    return Endpoint(
         judge.model,
         judge.base_url or None,
         key_variable=judge.key_variable,
         max_tokens=judge.max_tokens,
         at_once=judge.at_once,
     )
-    cache = VerdictCache(folder / "verdicts.sqlite")
-    try:
-        model = JudgeModel(complete, cache=cache)
-        yield Judging(model, model)
-    finally:
-        cache.close()
 
 
 @contextmanager

@@ -44,6 +44,7 @@ def prepare(config: Config, path: Path, *, resume: bool) -> "Run":
     for checkpoint in filter(None, (config.model, config.judge.checkpoint)):
         check_checkpoint(Path(checkpoint))
     load_tasks(config, **dict.fromkeys(judging.SERVICES))
+    judging.check(config)
     if resume:
         RunFolder.open(path).latest_checkpoint()
     elif path.exists():

@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import dataclass, field
+from functools import cache
 
 import numpy as np
 
@@ -29,6 +30,14 @@ class Scene:
         return Step(replies=results or (AGAIN,), rewards={"outcome": 1.0}, done=self.turns == 0)
 
 
+@cache
+def letters(chat: Chat | TemplateChat, one: int) -> tuple[int, ...]:
+    """A token letter by letter, where that is as good."""
+    text = chat.decode([one])
+    spelt = tuple(i for letter in text for i in chat.encode(letter))
+    return spelt if text.isascii() and "<" not in text and chat.decode(spelt) == text else (one,)
+
+
 @dataclass
 class Engine:
     """Says given messages, the last one again and again, spelt in random pieces, or random ids for None.
@@ -52,13 +61,8 @@ class Engine:
     def spell(self, message: Message | None) -> list[int]:
         if message is None:
             return [*(self.rng.randrange(400) for _ in range(5)), self.chat.eos_id]
-        return [i for one in self.chat.encode_assistant(message, thinking=self.thinking) for i in self.pieces(one)]
-
-    def pieces(self, one: int) -> list[int]:
-        text = self.chat.decode([one])
-        letters = [i for letter in text for i in self.chat.encode(letter)]
-        spelt = text.isascii() and "<" not in text and self.chat.decode(letters) == text
-        return letters if spelt and self.rng.random() < 0.5 else [one]
+        ids = self.chat.encode_assistant(message, thinking=self.thinking)
+        return [i for one in ids for i in (letters(self.chat, one) if self.rng.random() < 0.5 else (one,))]
 
     def say(self, request: Request, name: str, ids: list[int]) -> Completion:
         token_ids = np.array(ids, np.int32)

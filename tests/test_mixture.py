@@ -121,7 +121,7 @@ def test_a_reward_that_does_not_exist_is_told_before_anything_is_played():
 
 @pytest.mark.parametrize("held_out", [False, True])
 def test_the_context_policy_of_a_domain_acts_in_training_and_on_held_out_prompts(held_out):
-    policy = ContextPolicy(method="keep-recent", keep=1)
+    policy = ContextPolicy(method="discard-75")
     group = play(config(context=policy, max_turns=12), ["right", "right"], held_out=held_out, looks=99)
     for episode in group.episodes:
         assert episode.ended == "turns" and len(episode.resets) > 1 and len(episode.segments) == 1 + len(episode.resets)
