@@ -52,14 +52,14 @@ def _train(target: str, options: list[str]) -> int:
         fresh = config.out or time.strftime(f"runs/{_name(target)}-%Y%m%d-%H%M%S")
         folder = Path(target if resume else fresh)
 
-        from trimtab.grpo.train import prepare
+        from trimtab.grpo.train import NothingPlayed, prepare
 
         run = prepare(config, folder, resume=resume)
     except ValueError as error:
         return _fail(str(error))
     try:
         return run.train()
-    except OSError as error:
+    except (OSError, NothingPlayed) as error:
         print(f"trimtab: {error}; checkpoints are whole, go on with: trimtab train {folder} --resume", file=sys.stderr)
         return 1
 

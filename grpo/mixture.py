@@ -31,8 +31,8 @@ class Played:
     """What came back of a batch of draws: groups of at least two episodes, and what was lost on the way."""
 
     groups: tuple[Group, ...]
-    voided: int
-    """Episodes that could not be scored."""
+    voided: tuple[str, ...]
+    """Why each episode was voided: nothing can be said about it."""
     refused: tuple[str, ...]
     """Why each episode with an incomplete recording was refused."""
 
@@ -95,9 +95,11 @@ async def play_draws(
         )
         for draw in draws
     )
-    refused = tuple(reason for one in played for reason in one.refused)
-    groups = tuple(one.group for one in played if one.group is not None)
-    return Played(groups, sum(one.voided for one in played), refused)
+    return Played(
+        groups=tuple(one.group for one in played if one.group is not None),
+        voided=tuple(reason for one in played for reason in one.voided),
+        refused=tuple(reason for one in played for reason in one.refused),
+    )
 
 
 def rules(config: Config, domain: Domain) -> play.Rules:

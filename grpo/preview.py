@@ -38,8 +38,8 @@ def preview(
     draws = draw_step(config, load_tasks(config, **services), step=0)
     played = asyncio.run(play_draws(draws, config, Scripted(chat, say), chat, group_size))
     if len(played.groups) < len(draws):
-        reasons = "; ".join(played.refused) or "their environments voided them"
-        raise ValueError(f"{played.voided + len(played.refused)} episodes could not be scored: {reasons}")
+        lost = (*played.voided, *played.refused)
+        raise ValueError(f"{len(lost)} episodes could not be scored: {'; '.join(dict.fromkeys(lost))}")
     for group in played.groups:
         print(f"=== {group.domain}")
         for episode in group.episodes:

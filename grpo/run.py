@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -21,6 +22,7 @@ class RunFolder:
     config.json                     the resolved configuration
     metrics.jsonl                   one line a step
     episodes/step-00007.jsonl       every episode of a step, readable
+    lost.jsonl                      why episodes were voided or refused
     checkpoints/step-00010/         a transformers checkpoint, optimizer.pt, state.json
     held_out.json                   scores before and after
     """
@@ -60,14 +62,23 @@ class RunFolder:
         with (self.path / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(metrics) + "\n")
 
+    def log_lost(self, step: int, **reasons: Iterable[str]) -> None:
+        """Why episodes of a step are missing, each reason once, with how often it came."""
+        with (self.path / "lost.jsonl").open("a") as file:
+            for kind, found in reasons.items():
+                for reason, count in Counter(found).items():
+                    row = {"step": step, "kind": kind, "count": count, "reason": reason}
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
     def metrics(self) -> list[dict[str, Any]]:
         file = self.path / "metrics.jsonl"
         return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
     def rewind(self, step: int) -> None:
         """Forget what was logged from `step` on: those steps are about to be repeated."""
-        kept = [json.dumps(row) + "\n" for row in self.metrics() if row["step"] < step]
-        replace_text(self.path / "metrics.jsonl", "".join(kept))
+        for file in (self.path / "metrics.jsonl", self.path / "lost.jsonl"):
+            lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+            replace_text(file, "".join(line for line in lines if json.loads(line)["step"] < step))
         for file in (self.path / "episodes").glob("step-*.jsonl"):
             if _step_of(file) >= step:
                 file.unlink()

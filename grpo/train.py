@@ -52,6 +52,15 @@ def prepare(config: Config, path: Path, *, resume: bool) -> "Run":
     return Run(config, path, resume)
 
 
+class NothingPlayed(RuntimeError):
+    """Not one group could be scored: a judge, a tool or an engine is broken, and going on would not mend it."""
+
+    def __init__(self, played: Played):
+        reasons = "; ".join(list(dict.fromkeys((*played.voided, *played.refused)))[:3]) or "no reason is known"
+        lost = f"{len(played.voided)} voided and {len(played.refused)} refused"
+        super().__init__(f"no group could be scored: {lost} episodes, the first because: {reasons}")
+
+
 @dataclass(frozen=True, slots=True)
 class Run:
     """A checked run, ready to start."""
@@ -94,6 +103,7 @@ def one_step(config: Config, folder: RunFolder, trainer: Trainer, players: "Play
     played = players.play(draw_step(config, players.tasks, step), config.group_size)
     seconds_rollout = time.perf_counter() - started
     folder.save_episodes(step, played.groups)
+    folder.log_lost(step, voided=played.voided, refused=played.refused)
     batch = trajectories(played.groups, {name: domain.loss for name, domain in config.domains.items()})
     metrics = {"step": step} | rollout_metrics(played, config, seconds_rollout)
     metrics["trained_trajectories"] = len(batch)
@@ -147,6 +157,9 @@ class Players:
     def held_out(self) -> dict[str, Any]:
         """Scores and reward parts on the held-out prompts."""
         played = self.play(draw_held_out(self._config, self.tasks), HELD_OUT_SAMPLES)
+        for name in self._config.domains:
+            if not any(group.domain == name for group in played.groups):
+                raise NothingPlayed(played)
         return {"score": scores(played.groups, self._config), "parts": part_means(played.groups)}
 
 
@@ -203,9 +216,7 @@ def rollout_metrics(played: Played, config: Config, seconds: float) -> dict[str,
     episodes = [episode for group in played.groups for episode in group.episodes]
     segments = [segment for episode in episodes for segment in episode.segments]
     if not segments:
-        raise RuntimeError(
-            f"no episode of {played.voided} voided and {len(played.refused)} refused ones can be trained on"
-        )
+        raise NothingPlayed(played)
     kept = np.concatenate([np.diff(segment.kept_offsets) for segment in segments])
     without_routes = sum("route" in reason for reason in played.refused)
     rewards = {name: [episode.reward for episode in episodes if episode.domain == name] for name in config.domains}
@@ -213,7 +224,7 @@ def rollout_metrics(played: Played, config: Config, seconds: float) -> dict[str,
     metrics |= part_means(played.groups)
     metrics |= {
         "episodes": len(episodes),
-        "voided": played.voided,
+        "voided": len(played.voided),
         "refused": len(played.refused),
         "route_coverage": len(episodes) / (len(episodes) + without_routes),
         "route_bytes": sum(segment.routes.nbytes for segment in segments),

@@ -45,8 +45,8 @@ class Played:
 
     group: Group | None
     """None when fewer than two episodes are left."""
-    voided: int = 0
-    """Episodes that the environment could not score."""
+    voided: tuple[str, ...] = ()
+    """Why each episode was voided: nothing can be said about it."""
     refused: tuple[str, ...] = ()
     """Why each refused episode was refused."""
 
@@ -276,7 +276,7 @@ async def play_group(
         openings = await gather(_start(env) for env in envs)
         started = [(env, one) for env, one in zip(envs, openings, strict=True) if not isinstance(one, VoidEpisode)]
         if not started:
-            return Played(group=None, voided=group_size)
+            return Played(group=None, voided=tuple(map(str, openings)))
         if any(opening != started[0][1] for _, opening in started):
             raise ValueError(f"{name}: the environments of a group must open with the same messages")
         contexts = [
@@ -334,12 +334,12 @@ async def _finish(
 
 async def _played(name: str, domain: str, results: Sequence[Episode | Exception], rules: Rules) -> Played:
     episodes = tuple(result for result in results if isinstance(result, Episode))
-    voided = sum(isinstance(result, VoidEpisode) for result in results)
+    voided = tuple(str(result) for result in results if isinstance(result, VoidEpisode))
     refused = tuple(str(result) for result in results if isinstance(result, ValueError))
     if len(episodes) < 2:
         return Played(group=None, voided=voided, refused=refused)
     try:
         episodes = await asyncio.to_thread(compare, episodes, rules)
-    except VoidEpisode:
-        return Played(group=None, voided=voided + len(episodes), refused=refused)
+    except VoidEpisode as error:
+        return Played(group=None, voided=(*voided, *[str(error)] * len(episodes)), refused=refused)
     return Played(group=Group(name=name, domain=domain, episodes=episodes), voided=voided, refused=refused)

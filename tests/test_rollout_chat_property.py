@@ -149,7 +149,7 @@ def play(engine: Engine, policy: ContextPolicy | None = None, max_len: int = 10*
             lambda: Scene(turns), name="g", domain="d", group_size=2, generate=engine, chat=CHAT, rules=rules, seed=0
         )
     )
-    assert played.group is not None and played.refused == () and played.voided == 0
+    assert played.group is not None and played.refused == () and played.voided == ()
     return played.group
 
 

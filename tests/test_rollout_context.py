@@ -294,7 +294,7 @@ def test_what_trains_is_what_was_sampled_across_resets(chat, said, thinking, pol
     engine = Noting(chat, said, thinking, random.Random(seed))
     max_len = 2000 if chat is CHAT else 1200
     played = play(engine, length, context=policy, max_len=max_len, max_turns=30)
-    assert played.group is not None and played.refused == () and played.voided == 0
+    assert played.group is not None and played.refused == () and played.voided == ()
     for episode in played.group.episodes:
         assert engine.check(episode) >= 1 + len(episode.resets)
         sampled = chain.from_iterable(one.token_ids[one.sampled].tolist() for one in episode.segments)

@@ -160,7 +160,7 @@ def test_a_turn_never_samples_beyond_the_context():
 
 def test_a_voided_episode_is_counted_and_never_scored():
     played = play(Script(ANSWER), VoidEpisode("the judge is silent"))
-    assert played.group is None and played.voided == 2 and played.refused == ()
+    assert played.group is None and len(played.voided) == 2 and played.refused == ()
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ def test_a_voided_episode_is_counted_and_never_scored():
 )
 def test_an_incomplete_recording_is_refused_with_its_reason(spoil, reason):
     played = play(Script(ANSWER, spoil=spoil), DONE)
-    assert played.group is None and played.voided == 0 and len(played.refused) == 2
+    assert played.group is None and played.voided == () and len(played.refused) == 2
     assert all(text.startswith("step0/agent#") and reason in text for text in played.refused)
 
 
@@ -215,9 +215,10 @@ def test_an_environment_that_cannot_start_voids_its_episode_alone():
             seed=0,
         )
     )
-    assert played.voided == 1 and played.group is not None and len(played.group.episodes) == 2
+    assert len(played.voided) == 1 and played.group is not None and len(played.group.episodes) == 2
     assert script.requests[0].n == 2
-    assert play_scenes(script, lambda: Scene([], VoidEpisode("no kernel"))) == Played(group=None, voided=2)
+    void = Played(group=None, voided=("no kernel",) * 2)
+    assert play_scenes(script, lambda: Scene([], VoidEpisode("no kernel"))) == void
 
 
 class Kernel(Scene):
@@ -302,7 +303,7 @@ def test_group_rewards_compare_the_episodes_that_are_left_and_see_their_parts():
             seed=0,
         )
     )
-    assert played.group is not None and played.voided == 1
+    assert played.group is not None and len(played.voided) == 1
     answer = Answer("15", "add", len(ids_of(ANSWER)), {"outcome": 1.0})
     assert seen == [[answer, answer]]
     first, second = played.group.episodes
@@ -352,5 +353,6 @@ def test_a_group_reward_that_cannot_judge_voids_the_group():
     def silent(answers: Sequence[Answer]) -> list[float]:
         raise VoidEpisode("the judge is silent")
 
-    assert play(Script(ANSWER), DONE, group_rewards={"rank": silent}) == Played(group=None, voided=2)
-    assert play(Script(ANSWER), DONE, process_rewards={"rank": silent}) == Played(group=None, voided=2)
+    void = Played(group=None, voided=("the judge is silent",) * 2)
+    assert play(Script(ANSWER), DONE, group_rewards={"rank": silent}) == void
+    assert play(Script(ANSWER), DONE, process_rewards={"rank": silent}) == void

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 
 from trimtab.environments.base import Message
@@ -64,7 +66,10 @@ def test_rewinding_forgets_the_steps_that_will_be_repeated(folder):
     for step in range(4):
         folder.log({"step": step})
         folder.save_episodes(step, [Group(name="g", domain="agent", episodes=(episode, episode))])
+        folder.log_lost(step, voided=["no judge", "no judge"], refused=[])
     folder.rewind(2)
     assert [row["step"] for row in folder.metrics()] == [0, 1]
+    lost = [json.loads(line) for line in (folder.path / "lost.jsonl").read_text().splitlines()]
+    assert lost == [{"step": step, "kind": "voided", "count": 2, "reason": "no judge"} for step in (0, 1)]
     assert sorted(path.stem for path in (folder.path / "episodes").iterdir()) == ["step-00000", "step-00001"]
     assert "你好" in (folder.path / "episodes" / "step-00001.jsonl").read_text()
