@@ -1,12 +1,12 @@
 """Context policies on long searches: score against steps, as a table and a plot.
 
     python benchmarks/context.py                        a scripted searcher over a generated corpus, in bytes
-    python benchmarks/context.py --model CHECKPOINT     a checkpoint on long conversations over a key-value store
+    python benchmarks/context.py --model CHECKPOINT     a checkpoint on conversations over a key-value store
 
 The searcher knows nothing but the text of its prompt: what a policy drops, it has to look up again. Its reasoning says
 which step it is at; its summaries say what it found and read. It opens the pages of a document in random order, so that
-a lucky run is short. A checkpoint that was trained on short conversations says how it copes with long ones, no more.
-Steps are tool calls; Parallel-fewest-step counts those of all its attempts. The plot goes to --plot.
+a lucky run is short. The quickstart's checkpoint knows conversations of two user messages, so the window is
+smaller than those; a summary does not fit it. Steps are tool calls; Parallel-fewest-step counts those of all attempts.
 """
 
 import argparse
@@ -276,7 +276,7 @@ def report(trial: Trial, plot: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="", help="checkpoint folder; without it the scripted searcher plays")
-    parser.add_argument("--questions", type=int, default=3)
+    parser.add_argument("--questions", type=int, help="tasks of each kind; default: 3, or 24 with --model")
     parser.add_argument("--attempts", type=int, default=4, help="at each task; N of Parallel-fewest-step")
     parser.add_argument("--window", type=int, help="tokens; default: 11264, or 112 with --model")
     parser.add_argument("--goals", type=int, default=2, help="user messages of a conversation, with --model")
@@ -285,10 +285,10 @@ def main() -> None:
     started = time.perf_counter()
     if given.model:
         window = given.window or 112
-        with checkpoint(given.model, given.questions, given.attempts, window, given.goals) as trial:
+        with checkpoint(given.model, given.questions or 24, given.attempts, window, given.goals) as trial:
             report(trial, given.plot)
     else:
-        report(scripted(given.questions, given.attempts, given.window or 11264), given.plot)
+        report(scripted(given.questions or 3, given.attempts, given.window or 11264), given.plot)
     print(f"{time.perf_counter() - started:.0f} s")
 
 

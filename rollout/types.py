@@ -74,13 +74,13 @@ class Segment:
     """
 
     name: str
-    token_ids: np.ndarray  # int32 [N]
-    sampled: np.ndarray  # bool [N]
-    logp: np.ndarray  # float32 [S]
-    kept_ids: np.ndarray  # int32 [E]
-    kept_offsets: np.ndarray  # int64 [S + 1]
-    routes: np.ndarray  # uint8 or uint16 [N - 1, L, K]
-    weight_version: np.ndarray  # int32 [S]
+    token_ids: np.ndarray = field(repr=False)  # int32 [N]
+    sampled: np.ndarray = field(repr=False)  # bool [N]
+    logp: np.ndarray = field(repr=False)  # float32 [S]
+    kept_ids: np.ndarray = field(repr=False)  # int32 [E]
+    kept_offsets: np.ndarray = field(repr=False)  # int64 [S + 1]
+    routes: np.ndarray = field(repr=False)  # uint8 or uint16 [N - 1, L, K]
+    weight_version: np.ndarray = field(repr=False)  # int32 [S]
 
     def __post_init__(self) -> None:
         N, S = len(self.token_ids), int(np.sum(self.sampled))
