@@ -11,12 +11,12 @@ quickstart: export MALLOC_TRIM_THRESHOLD_ := 1000000000
 quickstart: .venv/.stamp
 	$(BIN)/trimtab train quickstart
 
-# Tests without engines run side by side, a thread each; an engine wants the machine for itself.
-SIDE_BY_SIDE := tests/test_environments_*.py tests/test_kernels_*.py tests/test_packed_attention.py tests/test_rewards_*.py
+# Tests run side by side, a thread each; those with engines want the machine for themselves.
+ENGINES := $(patsubst %,tests/test_%.py,gpu_parity judge_eval judge_server parity rollout_engine rollout_judge rollout_pool train)
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(SIDE_BY_SIDE)
-	$(BIN)/python -m pytest $(patsubst %,'--ignore-glob=%',$(SIDE_BY_SIDE))
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(patsubst %,--ignore=%,$(ENGINES))
+	$(BIN)/python -m pytest $(ENGINES)
 
 lint: .venv/.stamp
 	$(BIN)/ruff check .
