@@ -42,8 +42,8 @@ class DivisorTask:
 
 
 def recipe() -> Config:
-    maths = Domain(task=f"{__file__}:DivisorTask", length_soft=2048, length_hard=4096)
-    return Config(domains={"maths": maths}, rollout=Rollout(max_len=8192), sampling=Sampling(max_tokens=2048))
+    maths = Domain(task=f"{__file__}:DivisorTask", length_soft=512, length_hard=1024)
+    return Config(domains={"maths": maths}, rollout=Rollout(max_len=2048), sampling=Sampling(max_tokens=512))
 
 
 def say(prompt: str, seed: int) -> Message:

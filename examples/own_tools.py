@@ -56,8 +56,8 @@ class ParcelTask:
 
 
 def recipe() -> Config:
-    parcels = Domain(task=f"{__file__}:ParcelTask", length_soft=1024, length_hard=2048)
-    return Config(domains={"parcels": parcels}, rollout=Rollout(max_len=4096), sampling=Sampling(max_tokens=1024))
+    parcels = Domain(task=f"{__file__}:ParcelTask", length_soft=512, length_hard=1024)
+    return Config(domains={"parcels": parcels}, rollout=Rollout(max_len=2048), sampling=Sampling(max_tokens=512))
 
 
 def say(prompt: str, seed: int) -> Message:

@@ -31,12 +31,12 @@ def recipe() -> Config:
     search = Domain(
         task=f"{__file__}:LongSearchTask",
         weights={"outcome": 1.0, "length": 0.1},
-        length_soft=2048,
-        length_hard=4096,
+        length_soft=512,
+        length_hard=1024,
         context=ContextPolicy(method="keep-recent", keep=3),
         max_turns=24,
     )
-    return Config(domains={"search": search}, rollout=Rollout(max_len=8192), sampling=Sampling(max_tokens=1024))
+    return Config(domains={"search": search}, rollout=Rollout(max_len=2048), sampling=Sampling(max_tokens=512))
 
 
 def say(prompt: str, seed: int) -> Message:

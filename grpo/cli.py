@@ -53,13 +53,14 @@ def _train(target: str, options: list[str]) -> int:
         folder = Path(target if resume else fresh)
 
         from trimtab.grpo.train import NothingPlayed, prepare
+        from trimtab.rollout.pool import EngineError
 
         run = prepare(config, folder, resume=resume)
     except ValueError as error:
         return _fail(str(error))
     try:
         return run.train()
-    except (OSError, NothingPlayed) as error:
+    except (OSError, NothingPlayed, EngineError) as error:
         print(f"trimtab: {error}; checkpoints are whole, go on with: trimtab train {folder} --resume", file=sys.stderr)
         return 1
 

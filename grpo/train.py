@@ -45,6 +45,8 @@ def prepare(config: Config, path: Path, *, resume: bool) -> "Run":
         check_checkpoint(Path(checkpoint))
     load_tasks(config, **dict.fromkeys(judging.SERVICES))
     judging.check(config)
+    for checkpoint in filter(None, (config.model, config.judge.checkpoint)):
+        engine_config(config, checkpoint)
     if resume:
         RunFolder.open(path).latest_checkpoint()
     elif path.exists():

@@ -49,9 +49,16 @@ class EngineConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        architecture = read_config(self.model).get("architectures", [None])[0]
+        policy = read_config(self.model)
+        architecture = policy.get("architectures", [None])[0]
         if architecture not in SUPPORTED:
             raise ValueError(f"{self.model} holds {architecture}, which is not supported; use one of {SUPPORTED}")
+        longest = policy.get("max_position_embeddings", self.max_model_len)
+        if self.max_model_len > longest:
+            raise ValueError(
+                f"max_model_len is {self.max_model_len}, but {self.model} has max_position_embeddings = {longest}; "
+                "lower the window (rollout.max_len in a run)"
+            )
         for name in ("max_model_len", "kv_cache_bytes", "max_num_seqs"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

@@ -68,6 +68,10 @@ class EngineActor:
             await asyncio.sleep(0)
 
 
+class EngineError(RuntimeError):
+    """Engines do not start, or die again and again."""
+
+
 class Pool:
     """num_actors engines. One that dies or hangs is replaced, with the newest weights, and its requests are repeated.
 
@@ -100,20 +104,20 @@ class Pool:
         """Return when every engine can serve.
 
         Raises:
-            RuntimeError: one did not start; all are closed.
+            EngineError: one did not start; all are closed.
         """
         try:
             ray.get([actor.ready.remote() for actor in self._actors], timeout=START_LIMIT_S)
         except Exception as error:
             self.close()
-            raise RuntimeError(f"the engines did not start: {_cause(error)}") from error
+            raise EngineError(f"the engines did not start: {_cause(error)}") from error
 
     async def generate(self, request: Request) -> list[Completion]:
         """Sample request.n continuations.
 
         Raises:
             ValueError: the engine refuses the request.
-            RuntimeError: engines died several times in a row without finishing anything.
+            EngineError: engines died several times in a row without finishing anything.
         """
         while True:
             home = self._home(request)
@@ -152,10 +156,13 @@ class Pool:
                 self._replace(home, actor, error)
 
     def close(self) -> None:
-        """End every engine, and Ray where this pool started it."""
+        """End every engine, and Ray where this pool started it; may be called again."""
+        actors, self._actors = self._actors, []
+        if not actors:
+            return
         with contextlib.suppress(Exception):  # an engine that is dead or hangs is killed below
-            ray.get([actor.close.remote() for actor in self._actors], timeout=10)
-        for actor in self._actors:
+            ray.get([actor.close.remote() for actor in actors], timeout=10)
+        for actor in actors:
             ray.kill(actor)
         if self._owns_ray:
             ray.shutdown()
@@ -178,7 +185,7 @@ class Pool:
         self.restarts += 1
         self._restarts_in_a_row += 1
         if self._restarts_in_a_row > RESTARTS_IN_A_ROW:
-            raise RuntimeError(
+            raise EngineError(
                 f"engines died {self._restarts_in_a_row} times without finishing a request; the last: {_cause(error)}"
             )
         ray.kill(dead)

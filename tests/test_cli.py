@@ -31,11 +31,15 @@ def test_help_lists_typed_options():
         (["--steps", "many"], "--steps"),
         (["--model", "nowhere"], "no checkpoint at nowhere"),
         (["--model", "odd"], "architecture OddForCausalLM is not supported"),
+        (["--model", "short"], "has max_position_embeddings = 64; lower the window"),
     ],
 )
 def test_a_mistake_ends_in_a_sentence_and_code_2(words, message, tmp_path):
     (tmp_path / "odd").mkdir()
     (tmp_path / "odd" / "config.json").write_text('{"architectures": ["OddForCausalLM"]}')
+    (tmp_path / "short").mkdir()
+    short = {"architectures": ["LlamaForCausalLM"], "max_position_embeddings": 64}
+    (tmp_path / "short" / "config.json").write_text(json.dumps(short))
     done = trimtab("train", "quickstart", *words, cwd=tmp_path)
     assert done.returncode == 2
     assert message in done.stderr and "Traceback" not in done.stderr

@@ -247,5 +247,7 @@ def test_a_config_that_cannot_run_is_refused(checkpoint, tmp_path):
         config(tmp_path)
     with pytest.raises(ValueError, match="max_model_len must be at least 1"):
         config(checkpoint, max_model_len=0)
+    with pytest.raises(ValueError, match=r"max_model_len is 10000000, .* lower the window"):
+        config(checkpoint, max_model_len=10**7)
     with pytest.raises(ValueError, match="max_batched_tokens must be at least max_num_seqs"):
         config(checkpoint, max_batched_tokens=8)

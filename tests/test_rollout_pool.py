@@ -10,7 +10,7 @@ import torch
 from tiny import save_tiny_deepseek
 
 from trimtab.rollout.engine import EngineConfig
-from trimtab.rollout.pool import Pool, gpu_share
+from trimtab.rollout.pool import EngineError, Pool, gpu_share
 from trimtab.rollout.types import Request, Sampling
 
 
@@ -85,8 +85,10 @@ def test_an_actor_killed_at_work_is_replaced_with_the_newest_weights_and_nothing
 
 def test_engines_that_cannot_start_end_in_one_clear_error(checkpoint):
     broken = EngineConfig(model=str(checkpoint), max_model_len=512, kv_cache_bytes=1, max_num_seqs=16)
-    with pytest.raises(RuntimeError, match=r"^the engines did not start: .*memory"):
-        Pool(broken, 1).wait_until_ready()
+    pool = Pool(broken, 1)
+    with pytest.raises(EngineError, match=r"^the engines did not start: .*memory"):
+        pool.wait_until_ready()
+    pool.close()  # as whoever started it does in the end
 
 
 def test_a_pool_without_actors_is_refused(checkpoint):
