@@ -29,22 +29,25 @@ _FIELD = "argument_"
 
 @dataclass(frozen=True, slots=True)
 class FunctionTool:
-    """A function as a tool. parameters: the JSON schema of its arguments; model: validates them."""
+    """A function as a tool. parameters: the JSON schema of its arguments; model: validates them; seconds: see tool."""
 
     name: str
     description: str
     parameters: Mapping[str, Any]
     model: type[BaseModel]
     function: Callable[..., Any]
+    seconds: float
 
     async def call(self, arguments: Mapping[str, Any]) -> str:
-        """The function's result as_text, or "error: ..." when the arguments are wrong or the function raises.
+        """The function's result as_text, or "error: ..." when the arguments are wrong, it raises or takes too long.
 
         Raises:
             VoidEpisode: the function raised it.
         """
+        limit = asyncio.timeout(self.seconds)
         try:
-            return as_text(await _invoke(self.function, _validated(self, arguments)))
+            async with limit:
+                return as_text(await _invoke(self.function, _validated(self, arguments)))
         except VoidEpisode:
             raise
         except ValidationError as error:
@@ -52,19 +55,25 @@ class FunctionTool:
         except ValueError as error:
             return f"error: {error}"
         except (Exception, SystemExit) as error:  # the function is a user's code, called with what a model wrote
+            if limit.expired():
+                return f"error: no result within {self.seconds:g} s"
             return f"error: {type(error).__name__}: {error}"
 
 
-def tool(function: Callable[..., Any]) -> FunctionTool:
+def tool(function: Callable[..., Any], *, seconds: float = 120.0) -> FunctionTool:
     """A tool from a function, sync or async, whose parameters have type hints and whose docstring says what it does.
 
     The docstring's sections on parameters (Google, NumPy or reST style) describe them; Annotated[int, Field(ge=1)] and
     the like narrow them. A sync function runs in a thread, beside the other calls of its message; a coroutine function
     that awaits nothing runs alone, in the order of the calls.
 
+    Args:
+        seconds: of a call; after that the policy reads that there is no result. A coroutine function is cancelled, a
+            sync one runs on in its thread: give its own network calls a limit.
+
     Raises:
-        ValueError: no name, no docstring, a parameter without a type hint or one that cannot be given by name, a hint
-            that is not defined or that JSON cannot express.
+        ValueError: seconds is not above 0, no name, no docstring, a parameter without a type hint or one that cannot
+            be given by name, a hint that is not defined or that JSON cannot express.
 
     >>> def add(a: int, b: int = 1) -> int:
     ...     "Add two numbers."
@@ -72,6 +81,8 @@ def tool(function: Callable[..., Any]) -> FunctionTool:
     >>> tool(add).parameters["required"]
     ['a']
     """
+    if not seconds > 0:
+        raise ValueError(f"seconds must be above 0, got {seconds}")
     name = getattr(function, "__name__", "")
     if not name.isidentifier():
         raise ValueError(f"{function!r} has no name; a tool is a function that is defined with def")
@@ -87,7 +98,7 @@ def tool(function: Callable[..., Any]) -> FunctionTool:
     parameters.pop("title", None)
     parameters.setdefault("properties", {})
     description = "\n".join(filter(None, (doc.short_description, doc.long_description)))
-    return FunctionTool(name, description, parameters, model, function)
+    return FunctionTool(name, description, parameters, model, function, seconds)
 
 
 def as_text(result: Any) -> str:

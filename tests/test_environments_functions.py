@@ -9,7 +9,7 @@ import pytest
 from pydantic import BaseModel, Field
 
 from trimtab.environments.base import Message, ToolCall, VoidEpisode
-from trimtab.environments.functions import ToolEnv, as_text, tool
+from trimtab.environments.functions import FunctionTool, ToolEnv, as_text, tool
 from trimtab.environments.tools import CALCULATE, call, offered
 
 
@@ -293,3 +293,33 @@ def test_closing_an_environment_closes_every_tool_that_can_be_closed():
 def test_two_tools_of_one_name_are_refused():
     with pytest.raises(ValueError, match="add, add"):
         ToolEnv("?", [tool(add), tool(add)], outcome)
+
+
+def test_a_call_that_takes_too_long_ends_with_an_error_that_the_policy_reads():
+    ended = threading.Event()
+
+    async def wait() -> str:
+        """Wait for ever."""
+        await asyncio.sleep(3600)
+        return "never"
+
+    def block() -> str:
+        """Block a thread."""
+        ended.wait(60)
+        return "late"
+
+    for function in (wait, block):
+        assert asyncio.run(asyncio.wait_for(release(ended, tool(function, seconds=0.1)), 30)) == (
+            "error: no result within 0.1 s"
+        )
+        ended.clear()
+    with pytest.raises(ValueError, match="seconds must be above 0, got 0"):
+        tool(block, seconds=0)
+
+
+async def release(ended: threading.Event, slow: FunctionTool) -> str:
+    """The result of a call; then the thread that may still run is let go."""
+    try:
+        return await slow.call({})
+    finally:
+        ended.set()
