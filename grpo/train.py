@@ -204,7 +204,7 @@ def save(folder: RunFolder, trainer: Trainer, step: int) -> None:
 
     def write(path: Path) -> None:
         trainer.save(path)
-        for file in tokenizer.glob("*token*"):
+        for file in (*tokenizer.glob("*token*"), *tokenizer.glob("chat_template*")):
             shutil.copy(file, path)
 
     try:
