@@ -7,14 +7,13 @@ from typing import Any
 
 from trimtab.environments.base import Message
 from trimtab.rewards.judge_model import Reply
-from trimtab.rewards.rubric import Judge
 from trimtab.rollout.chat import Chat
 from trimtab.rollout.play import Generate
 from trimtab.rollout.template import TemplateChat
 from trimtab.rollout.types import Request, Sampling
 
 VERDICT_TOKENS = 32
-"""Of a yes or no and the thinking before it, for engine_judge."""
+"""Of a yes or no and the thinking before it."""
 RETRY_TOP_K = 20
 """A malformed reply is sampled anew from so many ids: the greedy one would come back the same."""
 
@@ -45,13 +44,3 @@ class EngineModel:
         (completion,) = await self._generate(Request(name=name, prompt_ids=prompt_ids, sampling=sampling, seed=attempt))
         text = conversation.add_sampled(completion.token_ids).content
         return Reply(text, len(prompt_ids), len(completion.token_ids))
-
-
-def engine_judge(generate: Generate, chat: Chat | TemplateChat) -> Judge:
-    """The policy as a judge of single criteria: text in, text out, asked once."""
-    model = EngineModel(generate, chat, identity="", max_tokens=VERDICT_TOKENS)
-
-    async def judge(prompt: str) -> str:
-        return (await model(prompt, None, 0)).text
-
-    return judge

@@ -4,10 +4,10 @@ import json
 import pytest
 
 from trimtab.environments.base import Message
-from trimtab.rewards.judge_model import JudgeModel
+from trimtab.rewards.judge_model import JudgeModel, yes_no
 from trimtab.rewards.rubric import Criterion, JudgeError, Rubric, rubric_score
 from trimtab.rewards.verdicts import grade
-from trimtab.rollout.judge import RETRY_TOP_K, VERDICT_TOKENS, EngineModel, engine_judge
+from trimtab.rollout.judge import RETRY_TOP_K, VERDICT_TOKENS, EngineModel
 from trimtab.rollout.scripted import Scripted, byte_chat
 from trimtab.rollout.types import Completion, Request
 
@@ -38,7 +38,8 @@ class Engine:
 
 def test_a_policy_judges_criterion_by_criterion_greedily_and_after_thinking():
     engine = Engine("yes")
-    score = asyncio.run(rubric_score("A boat.", RUBRIC, engine_judge(engine, engine.chat)))
+    model = JudgeModel(EngineModel(engine, engine.chat, identity="a policy", max_tokens=VERDICT_TOKENS), attempts=1)
+    score = asyncio.run(rubric_score("A boat.", RUBRIC, yes_no(model)))
     assert score.verdicts == (True, True)
     assert engine.prompts[0].endswith("Text: A boat.\nDoes it rhyme? yes or no<\uff5cAssistant\uff5c><think>")
     sampling = engine.requests[0].sampling
