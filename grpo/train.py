@@ -47,6 +47,7 @@ def prepare(config: Config, path: Path, *, resume: bool) -> "Run":
     judging.check(config)
     for checkpoint in filter(None, (config.model, config.judge.checkpoint)):
         engine_config(config, checkpoint)
+        load_format(checkpoint)
     if resume:
         RunFolder.open(path).latest_checkpoint()
     elif path.exists():

@@ -317,7 +317,10 @@ def load_format(path: str | Path) -> Chat | TemplateChat:
     """The format of a checkpoint folder: DeepSeek-V3.2's where its tokenizer has the tokens, else its own template.
 
     Raises:
-        ValueError: it has neither.
+        ValueError: it has neither, or no tokenizer.
     """
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} holds no tokenizer: save it beside the weights ({error})") from error
     return Chat(tokenizer) if set(SPECIAL_TOKENS) <= tokenizer.get_vocab().keys() else TemplateChat(tokenizer)

@@ -32,6 +32,7 @@ def test_help_lists_typed_options():
         (["--model", "nowhere"], "no checkpoint at nowhere"),
         (["--model", "odd"], "architecture OddForCausalLM is not supported"),
         (["--model", "short"], "has max_position_embeddings = 64; lower the window"),
+        (["--model", "mute"], "mute holds no tokenizer"),
     ],
 )
 def test_a_mistake_ends_in_a_sentence_and_code_2(words, message, tmp_path):
@@ -40,6 +41,8 @@ def test_a_mistake_ends_in_a_sentence_and_code_2(words, message, tmp_path):
     (tmp_path / "short").mkdir()
     short = {"architectures": ["LlamaForCausalLM"], "max_position_embeddings": 64}
     (tmp_path / "short" / "config.json").write_text(json.dumps(short))
+    (tmp_path / "mute").mkdir()
+    (tmp_path / "mute" / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"]}))
     done = trimtab("train", "quickstart", *words, cwd=tmp_path)
     assert done.returncode == 2
     assert message in done.stderr and "Traceback" not in done.stderr
