@@ -26,12 +26,12 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from trimtab.environments.agent import KEYS, MAX_VALUE, PREVIOUS, AgentEnv, Goal
 from trimtab.environments.base import Env, Message, Step, ToolCall
-from trimtab.environments.corpus import RELATIONS, World
-from trimtab.environments.search import SearchTask
+from trimtab.environments.tasks.agent import KEYS, MAX_VALUE, PREVIOUS, AgentEnv, Goal
+from trimtab.environments.tools.corpus import RELATIONS, World
+from trimtab.environments.tools.search import SearchTask
 from trimtab.rollout.context import SUMMARISE, SUMMARY, ContextPolicy, Format, fewest_steps, steps
-from trimtab.rollout.dsml import ASSISTANT, INVOKE_CLOSE, INVOKE_OPEN, PARAMETER_CLOSE, PARAMETER_OPEN, USER
+from trimtab.rollout.formats.dsml import ASSISTANT, INVOKE_CLOSE, INVOKE_OPEN, PARAMETER_CLOSE, PARAMETER_OPEN, USER
 from trimtab.rollout.play import Generate, Rules, gather, play_group
 from trimtab.rollout.scripted import Scripted, byte_chat
 from trimtab.rollout.types import Group, Sampling
@@ -233,9 +233,9 @@ class LongStore(AgentEnv):
 @contextmanager
 def checkpoint(model: str, questions: int, attempts: int, window: int, goals: int) -> Iterator[Trial]:
     """A checkpoint in an engine of its own, asked to add to a sum, or take from it, one value after the other."""
-    from trimtab.rollout.chat import Chat
-    from trimtab.rollout.engine import EngineConfig
-    from trimtab.rollout.pool import Pool, gpu_share
+    from trimtab.rollout.engine.engine import EngineConfig
+    from trimtab.rollout.engine.pool import Pool, gpu_share
+    from trimtab.rollout.formats.chat import Chat
 
     def task(seed: int) -> Callable[[], Env]:
         rng = random.Random(seed)

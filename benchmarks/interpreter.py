@@ -24,8 +24,8 @@ from pathlib import Path
 import psutil
 
 from trimtab.environments.base import Message, ToolCall
-from trimtab.environments.functions import ToolEnv
-from trimtab.environments.interpreter import Interpreter
+from trimtab.environments.tools.functions import ToolEnv
+from trimtab.environments.tools.interpreter import Interpreter
 from trimtab.rewards.sandbox import isolation
 
 CODES = ("numbers = range({})", "squares = [i * i for i in numbers]", "print(sum(squares))")

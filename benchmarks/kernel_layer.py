@@ -10,7 +10,7 @@ import torch
 from kernel_common import DEVICE, Row, Table, peak_gib
 from torch import Tensor, nn
 
-from trimtab.grpo.attention import sparse_attention
+from trimtab.grpo.policy.attention import sparse_attention
 
 LENGTHS = (8 << 10, 32 << 10, 64 << 10, 128 << 10)
 REPEATED_UP_TO = 32 << 10
@@ -50,7 +50,7 @@ def least_flops(mla: nn.Module, N: int, topk: int, *, dense: bool, with_kl: bool
 
 def step_of(mla: nn.Module, rotary_embedding: nn.Module, N: int, *, dense: bool, with_kl: bool) -> Callable[[], None]:
     """One forward and backward pass over a sequence of N tokens."""
-    from trimtab.grpo.packed_attention import choose_attend, spans_of
+    from trimtab.grpo.policy.packed_attention import choose_attend, spans_of
 
     config = mla.config
     topk = N if dense else config.index_topk

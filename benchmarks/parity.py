@@ -19,12 +19,12 @@ import torch
 from transformers import DeepseekV32ForCausalLM
 
 from trimtab.grpo.batch import Packed, Trajectory, pack
-from trimtab.grpo.cold_start import quickstart_policy
 from trimtab.grpo.config import LossSettings
 from trimtab.grpo.estimators import mismatch_kl
-from trimtab.grpo.policy import Policy, load_policy
+from trimtab.grpo.policy.policy import Policy, load_policy
+from trimtab.grpo.stages.cold_start import quickstart_policy
 from trimtab.kernels import reference
-from trimtab.rollout.engine import Engine, EngineConfig, read_config
+from trimtab.rollout.engine.engine import Engine, EngineConfig, read_config
 from trimtab.rollout.types import Completion, Request, Sampling, Segment
 
 SAMPLING = Sampling(temperature=1.0, top_p=0.95, top_k=64, max_tokens=128)

@@ -2,8 +2,8 @@
 
 from trimtab.environments.base import Message, Step, VoidEpisode
 from trimtab.rewards.guards import injects_verdict
+from trimtab.rewards.judging.rubric import Grader, JudgeError, Rubric, RubricScore, truths
 from trimtab.rewards.language import Language, language_consistency
-from trimtab.rewards.rubric import Grader, JudgeError, Rubric, RubricScore, truths
 
 
 class RubricEnv:

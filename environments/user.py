@@ -9,8 +9,8 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from trimtab.environments.base import Message, Step, VoidEpisode
-from trimtab.environments.functions import Parts, named_parts
-from trimtab.environments.tools import Tool, answer_calls, close_tools, distinct, opening
+from trimtab.environments.tools.functions import Parts, named_parts
+from trimtab.environments.tools.tool import Tool, answer_calls, close_tools, distinct, opening
 
 END = "[END]"
 """What the user says when the conversation is over, alone or behind their last words."""

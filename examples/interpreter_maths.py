@@ -9,11 +9,11 @@ import re
 from collections.abc import Callable
 
 from trimtab.environments.base import Message, ToolCall
-from trimtab.environments.functions import ToolEnv
-from trimtab.environments.interpreter import Interpreter
 from trimtab.environments.split import is_held_out
+from trimtab.environments.tools.functions import ToolEnv
+from trimtab.environments.tools.interpreter import Interpreter
+from trimtab.grpo.commands.preview import preview
 from trimtab.grpo.config import Config, Domain, Rollout
-from trimtab.grpo.preview import preview
 from trimtab.rewards.answers import mathematics
 from trimtab.rollout.types import Sampling
 

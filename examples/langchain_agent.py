@@ -15,7 +15,7 @@ from langchain_core.tools import tool
 from langchain_core.utils.function_calling import convert_to_openai_tool
 
 from trimtab.environments.base import Message, ToolCall
-from trimtab.rollout.openai_messages import from_openai, unseen
+from trimtab.rollout.formats.openai_messages import from_openai, unseen
 from trimtab.rollout.scripted import Scripted, byte_chat
 from trimtab.rollout.types import Request, Sampling
 

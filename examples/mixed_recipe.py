@@ -8,8 +8,8 @@ import re
 from collections.abc import Sequence
 
 from trimtab.environments.base import Message, ToolCall
+from trimtab.grpo.commands.preview import preview
 from trimtab.grpo.config import Config, Domain, LossSettings
-from trimtab.grpo.preview import preview
 from trimtab.rewards.types import Answer
 from trimtab.rollout.context import ContextPolicy
 
@@ -30,14 +30,14 @@ def recipe() -> Config:
     return Config(
         domains={
             "reasoning": Domain(  # verified answers: no KL, a wide clip; right answers compete in length
-                task="trimtab.environments.reasoning:ReasoningTask",
+                task="trimtab.environments.tasks.reasoning:ReasoningTask",
                 prompts=12,
                 weights={"outcome": 1.0, "language": 0.3, "length": 0.1},
                 loss=LossSettings(beta=0.0, clip_high=0.4, delta=0.2),
                 length="relative",
             ),
             "agent": Domain(
-                task="trimtab.environments.agent:AgentTask",
+                task="trimtab.environments.tasks.agent:AgentTask",
                 weights={"outcome": 1.0, "shortest": 0.1, "no_repeats": 0.05, "length": 0.1},
                 group_rewards={"shortest": f"{__file__}:fewest_tokens"},
                 process_rewards={"no_repeats": f"{__file__}:no_repeats"},
@@ -48,7 +48,7 @@ def recipe() -> Config:
                 context=ContextPolicy(method="discard-75"),
             ),
             "alignment": Domain(  # a judge can be fooled: a strong KL, a narrow clip
-                task="trimtab.environments.alignment:AlignmentTask",
+                task="trimtab.environments.tasks.alignment:AlignmentTask",
                 score="rubric_truth",
                 weights={"rubric": 1.0, "language": 0.3, "length": 0.1},
                 loss=LossSettings(beta=0.03, clip_low=0.1, clip_high=0.1, delta=0.05),

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from trimtab.environments.base import Message
 from trimtab.environments.rubric import RubricEnv
 from trimtab.environments.split import is_held_out
+from trimtab.grpo.commands.preview import preview
 from trimtab.grpo.config import Config, Domain, Judge, Rollout
-from trimtab.grpo.preview import preview
-from trimtab.rewards.rubric import Criterion, Grader, Rubric, RubricScore
+from trimtab.rewards.judging.rubric import Criterion, Grader, Rubric, RubricScore
 from trimtab.rollout.types import Sampling
 
 MISHAPS = ("a late parcel", "a broken vase", "a lost key", "a wrong bill", "a cold soup", "a cancelled train")

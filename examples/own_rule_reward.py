@@ -9,10 +9,10 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 
 from trimtab.environments.base import Message
-from trimtab.environments.functions import ToolEnv
 from trimtab.environments.split import is_held_out
+from trimtab.environments.tools.functions import ToolEnv
+from trimtab.grpo.commands.preview import preview
 from trimtab.grpo.config import Config, Domain, LossSettings, Rollout
-from trimtab.grpo.preview import preview
 from trimtab.rewards.answers import final_answer, numeric
 from trimtab.rewards.guards import empty_thinking, hedges
 from trimtab.rewards.language import language_consistency

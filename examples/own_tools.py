@@ -12,10 +12,10 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from trimtab.environments.base import Message, ToolCall
-from trimtab.environments.functions import ToolEnv, tool
 from trimtab.environments.split import is_held_out
+from trimtab.environments.tools.functions import ToolEnv, tool
+from trimtab.grpo.commands.preview import preview
 from trimtab.grpo.config import Config, Domain, Rollout
-from trimtab.grpo.preview import preview
 from trimtab.rollout.types import Sampling
 
 CROWNS = {"Chile": 17, "Japan": 23, "Norway": 9}

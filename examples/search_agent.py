@@ -3,16 +3,16 @@
 python examples/search_agent.py                                    shows two episodes with a scripted policy
 trimtab train examples/search_agent.py:recipe --model CHECKPOINT   trains on it
 
-For a corpus of one's own: search_tools(open_index("corpus.jsonl")) and a ToolEnv (environments/search.py).
+For a corpus of one's own: search_tools(open_index("corpus.jsonl")) and a ToolEnv (environments/tools/search.py).
 """
 
 import re
 
 from trimtab.environments.base import Message, ToolCall
-from trimtab.environments.corpus import RELATIONS
-from trimtab.environments.search import SearchTask
+from trimtab.environments.tools.corpus import RELATIONS
+from trimtab.environments.tools.search import SearchTask
+from trimtab.grpo.commands.preview import preview
 from trimtab.grpo.config import Config, Domain, Rollout
-from trimtab.grpo.preview import preview
 from trimtab.rollout.context import ContextPolicy
 from trimtab.rollout.types import Sampling
 

@@ -80,7 +80,7 @@ class Domain:
 
     task: str
     """Import path of a Task class, as module:Name or path/to/file.py:Name. Its constructor may name services: `judge`
-    (rewards.rubric.Judge) and `grade` (rewards.rubric.Grader)."""
+    (rewards.judging.rubric.Judge) and `grade` (rewards.judging.rubric.Grader)."""
     score: str = "outcome"
     """The reward part that held-out scores report."""
     prompts: int = 8

@@ -27,7 +27,7 @@ class Draw:
 
 
 @dataclass(frozen=True, slots=True)
-class Played:
+class PlayedBatch:
     """What came back of a batch of draws: groups of at least two episodes, and what was lost on the way."""
 
     groups: tuple[Group, ...]
@@ -79,7 +79,7 @@ def stable_seed(*parts: object) -> int:
 
 async def play_draws(
     draws: Iterable[Draw], config: Config, generate: play.Generate, chat: Format, group_size: int
-) -> Played:
+) -> PlayedBatch:
     """Play all groups at once; the engines batch whatever is in flight."""
     by_domain = {name: rules(config, domain) for name, domain in config.domains.items()}
     played = await play.gather(
@@ -95,7 +95,7 @@ async def play_draws(
         )
         for draw in draws
     )
-    return Played(
+    return PlayedBatch(
         groups=tuple(one.group for one in played if one.group is not None),
         voided=tuple(reason for one in played for reason in one.voided),
         refused=tuple(reason for one in played for reason in one.refused),

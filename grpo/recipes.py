@@ -10,20 +10,20 @@ def quickstart() -> Config:
     return Config(
         domains={
             "reasoning": Domain(
-                task="trimtab.environments.reasoning:ReasoningTask",
+                task="trimtab.environments.tasks.reasoning:ReasoningTask",
                 demonstrations=1.8,
                 prompts=12,
                 weights={"outcome": 1.0, "language": 0.3, "length": 0.2},
                 loss=LossSettings(beta=0.02),
             ),
             "agent": Domain(
-                task="trimtab.environments.agent:AgentTask",
+                task="trimtab.environments.tasks.agent:AgentTask",
                 demonstrations=0.6,
                 weights={"outcome": 1.0, "length": 0.2},
                 loss=LossSettings(beta=0.01),
             ),
             "alignment": Domain(
-                task="trimtab.environments.alignment:AlignmentTask",
+                task="trimtab.environments.tasks.alignment:AlignmentTask",
                 demonstrations=0.8,
                 score="rubric_truth",
                 weights={"rubric": 1.0, "language": 0.3, "length": 0.2},

@@ -18,18 +18,18 @@ import torch
 from accelerate import Accelerator
 from rich.console import Console
 
-from trimtab.grpo import judging
+from trimtab.grpo import services
 from trimtab.grpo.batch import trajectories
-from trimtab.grpo.cold_start import cold_start
 from trimtab.grpo.config import Config
 from trimtab.grpo.display import LiveTable, held_out_table
-from trimtab.grpo.mixture import Draw, Played, draw_held_out, draw_step, load_tasks, part_means, play_draws, scores
-from trimtab.grpo.policy import check_checkpoint, load_policy
+from trimtab.grpo.mixture import Draw, PlayedBatch, draw_held_out, draw_step, load_tasks, part_means, play_draws, scores
+from trimtab.grpo.policy.policy import check_checkpoint, load_policy
 from trimtab.grpo.run import RunFolder, replace_text, step_of_checkpoint
+from trimtab.grpo.stages.cold_start import cold_start
 from trimtab.grpo.trainer import Trainer
-from trimtab.rollout.engine import EngineConfig
-from trimtab.rollout.pool import Pool, gpu_share
-from trimtab.rollout.template import load_format
+from trimtab.rollout.engine.engine import EngineConfig
+from trimtab.rollout.engine.pool import Pool, gpu_share
+from trimtab.rollout.formats.template import load_format
 
 HELD_OUT_SAMPLES = 4
 INTERRUPTED = 130  # the shell's code for Ctrl-C
@@ -43,8 +43,8 @@ def prepare(config: Config, path: Path, *, resume: bool) -> "Run":
     """
     for checkpoint in filter(None, (config.model, config.judge.checkpoint)):
         check_checkpoint(Path(checkpoint))
-    load_tasks(config, **dict.fromkeys(judging.SERVICES))
-    judging.check(config)
+    load_tasks(config, **dict.fromkeys(services.SERVICES))
+    services.check(config)
     for checkpoint in filter(None, (config.model, config.judge.checkpoint)):
         engine_config(config, checkpoint)
         load_format(checkpoint)
@@ -58,7 +58,7 @@ def prepare(config: Config, path: Path, *, resume: bool) -> "Run":
 class NothingPlayed(RuntimeError):
     """Not one group could be scored: a judge, a tool or an engine is broken, and going on would not mend it."""
 
-    def __init__(self, played: Played):
+    def __init__(self, played: PlayedBatch):
         reasons = "; ".join(list(dict.fromkeys((*played.voided, *played.refused)))[:3]) or "no reason is known"
         lost = f"{len(played.voided)} voided and {len(played.refused)} refused"
         super().__init__(f"no group could be scored: {lost} episodes, the first because: {reasons}")
@@ -126,7 +126,7 @@ def one_step(config: Config, folder: RunFolder, trainer: Trainer, players: "Play
 class Players:
     """The engines that sample, the model that judges, and the tasks they play."""
 
-    def __init__(self, config: Config, pool: Pool, judge: judging.Judging | None, runner: asyncio.Runner):
+    def __init__(self, config: Config, pool: Pool, judge: services.Judging | None, runner: asyncio.Runner):
         self._config, self.pool, self.judge, self._runner = config, pool, judge, runner
         self._chat = load_format(config.model)
         self.tasks = load_tasks(config, **(judge.services if judge else {}))
@@ -137,7 +137,7 @@ class Players:
         """Start the engines, a judge's only if a task asks for one; those that sample get the trainer's weights."""
         with ExitStack() as stack:
             runner = stack.enter_context(asyncio.Runner())
-            judges = judging.is_needed(config)
+            judges = services.is_needed(config)
             engine_judges = judges and not config.judge.model
             share = config.rollout.gpus_per_actor
             share = gpu_share(config.rollout.actors + engine_judges) if share is None else share
@@ -146,15 +146,15 @@ class Players:
             judge = None
             if engine_judges:
                 settings = engine_config(config, config.judge.checkpoint or config.model)
-                judge = stack.enter_context(judging.engine(config, settings, share))
+                judge = stack.enter_context(services.engine(config, settings, share))
             elif judges:
-                judge = stack.enter_context(judging.endpoint(config, folder.path))
+                judge = stack.enter_context(services.endpoint(config, folder.path))
             pool.wait_until_ready()
             if version:
                 pool.load_weights(trainer.weights(), version)
             yield cls(config, pool, judge, runner)
 
-    def play(self, draws: list[Draw], group_size: int) -> Played:
+    def play(self, draws: list[Draw], group_size: int) -> PlayedBatch:
         return self._runner.run(play_draws(draws, self._config, self.pool.generate, self._chat, group_size))
 
     def held_out(self) -> dict[str, Any]:
@@ -214,7 +214,7 @@ def save(folder: RunFolder, trainer: Trainer, step: int) -> None:
         print(f"trimtab: the checkpoint of step {step} could not be written ({error}); going on", file=sys.stderr)
 
 
-def rollout_metrics(played: Played, config: Config, seconds: float) -> dict[str, Any]:
+def rollout_metrics(played: PlayedBatch, config: Config, seconds: float) -> dict[str, Any]:
     """Rewards by domain, and what the recording says of the sampler."""
     episodes = [episode for group in played.groups for episode in group.episodes]
     segments = [segment for episode in episodes for segment in episode.segments]

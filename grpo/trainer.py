@@ -14,7 +14,7 @@ from torch import Tensor
 from trimtab.grpo.batch import Packed, Trajectory, minibatches, pack
 from trimtab.grpo.config import Config
 from trimtab.grpo.estimators import GrpoLoss, KlEstimator, grpo_loss, k3, mismatch_kl, unbiased_kl
-from trimtab.grpo.policy import Policy
+from trimtab.grpo.policy.policy import Policy
 from trimtab.kernels import reference
 
 OPTIMIZER_FILE = "optimizer.pt"

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from trimtab.kernels import indexer_kl_hopper
+from trimtab.kernels.hopper import indexer_kl as indexer_kl_hopper
 from trimtab.kernels.indexer import index_scores
 from trimtab.kernels.masked_mha import (
     LOG2_E,

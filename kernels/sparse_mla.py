@@ -147,9 +147,9 @@ def _hopper(q_NHC: Tensor, kv_MC: Tensor, value_dim: int) -> ModuleType | None:
     """The kernels for Hopper, where they can run."""
     if not q_NHC.is_cuda:
         return None
-    from trimtab.kernels import sparse_mla_few_heads, sparse_mla_hopper  # Gluon, which only newer Tritons have
+    from trimtab.kernels.hopper import sparse_mla, sparse_mla_few_heads  # Gluon, which only newer Tritons have
 
-    modules = (sparse_mla_hopper, sparse_mla_few_heads)
+    modules = (sparse_mla, sparse_mla_few_heads)
     return next((module for module in modules if module.supported(q_NHC, kv_MC, value_dim)), None)
 
 

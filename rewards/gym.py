@@ -21,7 +21,7 @@ def gym_verifier(name: str) -> Verifier:
     try:
         score = reasoning_gym.get_score_answer_fn(name)
     except ValueError as error:
-        raise ValueError(f"reasoning-gym has no dataset {name!r}: see environments.adapters.gym_names()") from error
+        raise ValueError(f"reasoning-gym has no dataset {name!r}: see adapters.datasets.gym_names()") from error
 
     def verify(answer: str, entry: Mapping[str, Any]) -> float:
         if missing := {"question", "answer", "metadata"} - entry.keys():

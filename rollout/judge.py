@@ -6,10 +6,10 @@ from dataclasses import replace
 from typing import Any
 
 from trimtab.environments.base import Message
-from trimtab.rewards.judge_model import Reply
-from trimtab.rollout.chat import Chat
+from trimtab.rewards.judging.model import Reply
+from trimtab.rollout.formats.chat import Chat
+from trimtab.rollout.formats.template import TemplateChat
 from trimtab.rollout.play import Generate
-from trimtab.rollout.template import TemplateChat
 from trimtab.rollout.types import Request, Sampling
 
 VERDICT_TOKENS = 32

@@ -12,8 +12,8 @@ import numpy as np
 
 from trimtab.environments.base import Env, Message, ToolCall, VoidEpisode
 from trimtab.rewards.types import Answer, GroupReward, ProcessReward, group_values
-from trimtab.rollout.chat import MarkupError
 from trimtab.rollout.context import Context, ContextPolicy, Format
+from trimtab.rollout.formats.chat import MarkupError
 from trimtab.rollout.types import Completion, Episode, Group, RecordingError, Request, Sampling, Segment
 
 Generate = Callable[[Request], Awaitable[list[Completion]]]
@@ -40,7 +40,7 @@ class Rules:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Played:
+class PlayedGroup:
     """What came of one group."""
 
     group: Group | None
@@ -257,7 +257,7 @@ async def play_group(
     chat: Format,
     rules: Rules,
     seed: int,
-) -> Played:
+) -> PlayedGroup:
     """Play group_size episodes of one task, and close every environment that has a close().
 
     An episode that is cut off, cannot be read or takes too many turns keeps what it earned and an outcome of at
@@ -276,7 +276,7 @@ async def play_group(
         openings = await gather(_start(env) for env in envs)
         started = [(env, one) for env, one in zip(envs, openings, strict=True) if not isinstance(one, VoidEpisode)]
         if not started:
-            return Played(group=None, voided=tuple(map(str, openings)))
+            return PlayedGroup(group=None, voided=tuple(map(str, openings)))
         if any(opening != started[0][1] for _, opening in started):
             raise ValueError(f"{name}: the environments of a group must open with the same messages")
         contexts = [
@@ -332,14 +332,14 @@ async def _finish(
         return error
 
 
-async def _played(name: str, domain: str, results: Sequence[Episode | Exception], rules: Rules) -> Played:
+async def _played(name: str, domain: str, results: Sequence[Episode | Exception], rules: Rules) -> PlayedGroup:
     episodes = tuple(result for result in results if isinstance(result, Episode))
     voided = tuple(str(result) for result in results if isinstance(result, VoidEpisode))
     refused = tuple(str(result) for result in results if isinstance(result, ValueError))
     if len(episodes) < 2:
-        return Played(group=None, voided=voided, refused=refused)
+        return PlayedGroup(group=None, voided=voided, refused=refused)
     try:
         episodes = await asyncio.to_thread(compare, episodes, rules)
     except VoidEpisode as error:
-        return Played(group=None, voided=(*voided, *[str(error)] * len(episodes)), refused=refused)
-    return Played(group=Group(name=name, domain=domain, episodes=episodes), voided=voided, refused=refused)
+        return PlayedGroup(group=None, voided=(*voided, *[str(error)] * len(episodes)), refused=refused)
+    return PlayedGroup(group=Group(name=name, domain=domain, episodes=episodes), voided=voided, refused=refused)

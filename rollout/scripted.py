@@ -7,7 +7,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from trimtab.environments.base import Message
-from trimtab.rollout.chat import BOS, EOS, SPECIAL_TOKENS, Chat
+from trimtab.rollout.formats.chat import BOS, EOS, SPECIAL_TOKENS, Chat
 from trimtab.rollout.types import Completion, Request
 
 Say = Callable[[str, int], Message]

@@ -7,8 +7,8 @@ from functools import cache
 import numpy as np
 
 from trimtab.environments.base import Message, Step
-from trimtab.rollout.chat import Chat
-from trimtab.rollout.template import TemplateChat
+from trimtab.rollout.formats.chat import Chat
+from trimtab.rollout.formats.template import TemplateChat
 from trimtab.rollout.types import Completion, Episode, Request
 
 ASK, AGAIN = Message("user", "12 + 3?"), Message("user", "And?")

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-TRIMTAB = [sys.executable, "-c", "import sys; from trimtab.grpo.cli import main; sys.exit(main())"]
+TRIMTAB = [sys.executable, "-c", "import sys; from trimtab.grpo.commands.cli import main; sys.exit(main())"]
 
 
 def trimtab(*words: str, cwd=None) -> subprocess.CompletedProcess:

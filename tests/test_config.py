@@ -103,5 +103,6 @@ def test_a_file_that_is_no_configuration_is_refused(tmp_path):
 
 
 def test_configuration_and_recipes_import_no_torch():
-    code = "import sys, trimtab.grpo.recipes, trimtab.grpo.cli; assert not {'torch', 'ray', 'vllm'} & set(sys.modules)"
+    code = "import sys, trimtab.grpo.recipes, trimtab.grpo.commands.cli"
+    code += "; assert not {'torch', 'ray', 'vllm'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 
 from trimtab.environments.base import Message, Step, ToolCall
-from trimtab.grpo.demonstrations import (
+from trimtab.grpo.commands.demonstrations import (
     Demonstrated,
     SavedEpisode,
     load_episodes,
@@ -18,9 +18,9 @@ from trimtab.grpo.demonstrations import (
     write_demonstrations,
 )
 from trimtab.grpo.run import RunFolder
-from trimtab.rollout.chat import render
+from trimtab.rollout.formats.chat import render
+from trimtab.rollout.formats.prompts import AGENT, REASONING_WITH_TOOLS
 from trimtab.rollout.play import Rules, play_group
-from trimtab.rollout.prompts import AGENT, REASONING_WITH_TOOLS
 from trimtab.rollout.scripted import Scripted, byte_chat
 from trimtab.rollout.types import Group, Sampling
 

@@ -1,7 +1,7 @@
 """What doctor says of sparse attention, with a GPU and without."""
 
-from trimtab.grpo import doctor
-from trimtab.grpo.doctor import Check
+from trimtab.grpo.commands import doctor
+from trimtab.grpo.commands.doctor import Check
 
 
 def test_sparse_attention_runs_in_triton_on_a_gpu_and_in_pytorch_elsewhere(monkeypatch):

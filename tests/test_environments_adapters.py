@@ -6,8 +6,8 @@ import random
 import pytest
 from reasoning_gym.composite import DatasetSpec
 
-from trimtab.environments import rows
-from trimtab.environments.adapters import GymTask, RowsTask, gym_names, verifiers_task
+from trimtab.environments import files
+from trimtab.environments.adapters.datasets import GymTask, RowsTask, gym_names, verifiers_task
 from trimtab.environments.base import Message, ToolCall, VoidEpisode
 
 
@@ -132,7 +132,7 @@ def test_a_file_without_rows_or_of_another_kind_is_refused(tmp_path):
 
 def test_parquet_without_pyarrow_is_refused_with_the_remedy(tmp_path, monkeypatch):
     (tmp_path / "tasks.parquet").write_bytes(b"PAR1")
-    monkeypatch.setattr(rows.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(files.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install pyarrow"):
         RowsTask(tmp_path / "tasks.parquet", exact)
 
@@ -142,7 +142,7 @@ def test_parquet_reads_like_jsonl(tmp_path):
     parquet = pytest.importorskip("pyarrow.parquet")
     values = [{"prompt": f"question {i}", "answer": str(i)} for i in range(20)]
     parquet.write_table(pyarrow.Table.from_pylist(values), tmp_path / "tasks.parquet")
-    assert [row.values for row in rows.read_rows(tmp_path / "tasks.parquet")] == values
+    assert [row.values for row in files.read_rows(tmp_path / "tasks.parquet")] == values
     (tmp_path / "broken.parquet").write_bytes(b"no parquet")
     with pytest.raises(ValueError, match="not a Parquet file"):
         RowsTask(tmp_path / "broken.parquet", exact)

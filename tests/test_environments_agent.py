@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from trimtab.environments.agent import MAX_MESSAGES, PREVIOUS, AgentEnv, AgentTask, Goal
 from trimtab.environments.base import Message, Step, ToolCall
+from trimtab.environments.tasks.agent import MAX_MESSAGES, PREVIOUS, AgentEnv, AgentTask, Goal
 
 STORE = {"fig": 20, "pea": 5, "plum": 3}
 SUM = Goal("What is fig plus pea?", ("fig", "pea"), "+")

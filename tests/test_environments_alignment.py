@@ -4,7 +4,9 @@ import re
 
 import pytest
 
-from trimtab.environments.alignment import (
+from trimtab.environments.base import Message, VoidEpisode
+from trimtab.environments.rubric import RubricEnv
+from trimtab.environments.tasks.alignment import (
     NAMES,
     NOUNS,
     AlignmentTask,
@@ -13,9 +15,7 @@ from trimtab.environments.alignment import (
     demonstrate,
     judge_demonstration,
 )
-from trimtab.environments.base import Message, VoidEpisode
-from trimtab.environments.rubric import RubricEnv
-from trimtab.rewards.rubric import Rubric, RubricScore, parse_verdict, truths
+from trimtab.rewards.judging.rubric import Rubric, RubricScore, parse_verdict, truths
 
 PATTERNS: dict[Kind, str] = {
     "greet": r"[Gg]reet (\w+)",

@@ -9,8 +9,8 @@ import pytest
 from pydantic import BaseModel, Field
 
 from trimtab.environments.base import Message, ToolCall, VoidEpisode
-from trimtab.environments.functions import FunctionTool, ToolEnv, as_text, tool
-from trimtab.environments.tools import CALCULATE, call, offered
+from trimtab.environments.tools.functions import FunctionTool, ToolEnv, as_text, tool
+from trimtab.environments.tools.tool import CALCULATE, call, offered
 
 
 class Colour(Enum):

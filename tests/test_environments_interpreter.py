@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from trimtab.environments.base import Message, Step, ToolCall, VoidEpisode
-from trimtab.environments.functions import ToolEnv
-from trimtab.environments.interpreter import KERNEL_LIMITS, Interpreter
-from trimtab.environments.tools import CALCULATE, call, offered
+from trimtab.environments.tools.functions import ToolEnv
+from trimtab.environments.tools.interpreter import KERNEL_LIMITS, Interpreter
+from trimtab.environments.tools.tool import CALCULATE, call, offered
 from trimtab.rewards.sandbox import isolation, mechanism
 
 

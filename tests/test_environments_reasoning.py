@@ -6,7 +6,7 @@ import re
 import pytest
 
 from trimtab.environments.base import Message
-from trimtab.environments.reasoning import CHINESE, DATASETS, ReasoningTask, think
+from trimtab.environments.tasks.reasoning import CHINESE, DATASETS, ReasoningTask, think
 
 TASK = ReasoningTask()
 

@@ -4,7 +4,7 @@ import pytest
 
 from trimtab.environments.base import Message, Step, VoidEpisode
 from trimtab.environments.rubric import RubricEnv
-from trimtab.rewards.rubric import Criterion, Grader, JudgeError, Rubric, RubricScore, truths
+from trimtab.rewards.judging.rubric import Criterion, Grader, JudgeError, Rubric, RubricScore, truths
 
 RUBRIC = Rubric((Criterion("rhyme", 3.0), Criterion("mention the boat", 1.0, lambda text: "boat" in text)))
 

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from trimtab.environments import search
 from trimtab.environments.base import Message, ToolCall
-from trimtab.environments.corpus import COUNTS, RELATIONS, World, generate, sentence
-from trimtab.environments.rows import Document, read_documents
-from trimtab.environments.search import (
+from trimtab.environments.files import Document, read_documents
+from trimtab.environments.tools import search
+from trimtab.environments.tools.corpus import COUNTS, RELATIONS, World, generate, sentence
+from trimtab.environments.tools.search import (
     PAGE,
     SNIPPET,
     SearchIndex,
@@ -19,7 +19,7 @@ from trimtab.environments.search import (
     search_tools,
     snippet,
 )
-from trimtab.environments.tools import call
+from trimtab.environments.tools.tool import call
 
 DOCUMENTS = [
     Document("a", "Apples", "Apples grow on trees."),

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trimtab.environments.base import ToolCall
-from trimtab.environments.tools import CALCULATE, calculate, run_tool, store_tools
+from trimtab.environments.tools.tool import CALCULATE, calculate, run_tool, store_tools
 
 
 @pytest.mark.parametrize(

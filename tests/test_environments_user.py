@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import pytest
 
 from trimtab.environments.base import Message, ToolCall, VoidEpisode
-from trimtab.environments.functions import tool
-from trimtab.environments.orders import MAX_QUANTITY, REFUSAL, Case, Order, OrdersTask, Wish, open_desk
+from trimtab.environments.tasks.orders import MAX_QUANTITY, REFUSAL, Case, Order, OrdersTask, Wish, open_desk
+from trimtab.environments.tools.functions import tool
 from trimtab.environments.user import (
     END,
     Scenario,

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from judge_server import Act, judge_server
 
-from trimtab.grpo.cli import main
-from trimtab.grpo.judge_eval import Generate, evaluate, read_labelled, write_labelled
-from trimtab.rewards.rubric import JudgeError, Rubric, RubricScore
+from trimtab.grpo.commands.cli import main
+from trimtab.grpo.commands.judge_eval import Generate, evaluate, read_labelled, write_labelled
+from trimtab.rewards.judging.rubric import JudgeError, Rubric, RubricScore
 
 GOOD = {"prompt": "Write.", "answer": "A boat.", "criteria": [{"text": "mention the boat", "label": True}]}
 YES = json.dumps({"c1": {"rationale": "boat", "satisfied": True}})

@@ -17,12 +17,12 @@ import torch
 import transformers
 from tiny import tiny_tokenizer
 
-from trimtab.grpo.cli import main
-from trimtab.rewards.endpoint import Endpoint
-from trimtab.rewards.judge_model import JudgeModel
-from trimtab.rewards.rubric import Criterion, JudgeError, Rubric, RubricScore
-from trimtab.rewards.verdicts import grade
-from trimtab.rollout.engine import ENVIRONMENT
+from trimtab.grpo.commands.cli import main
+from trimtab.rewards.judging.endpoint import Endpoint
+from trimtab.rewards.judging.model import JudgeModel
+from trimtab.rewards.judging.rubric import Criterion, JudgeError, Rubric, RubricScore
+from trimtab.rewards.judging.verdicts import grade
+from trimtab.rollout.engine.engine import ENVIRONMENT
 
 START_SECONDS = 240
 TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"

@@ -5,7 +5,8 @@ import torch
 from kernel_checks import DEVICE, DTYPES, FORWARD, GRADIENT, needs_gpu, poisoned, relative_error
 from torch import Tensor
 
-from trimtab.kernels import indexer_kl, indexer_kl_hopper, reference
+from trimtab.kernels import indexer_kl, reference
+from trimtab.kernels.hopper import indexer_kl as indexer_kl_hopper
 from trimtab.kernels.indexer_kl import dense_indexer_kl, dense_prob, sparse_prob
 
 

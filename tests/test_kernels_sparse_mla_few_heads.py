@@ -25,7 +25,7 @@ def inputs(N, H, K, M, dtype, stride=576):
 
 def computed(q_NHC, kv_MC, ids_NK, grad_NHV):
     """O, lse, dq and the rows of slots."""
-    from trimtab.kernels import sparse_mla_few_heads as kernels
+    from trimtab.kernels.hopper import sparse_mla_few_heads as kernels
 
     assert kernels.supported(q_NHC, kv_MC, 512)
     with poisoned():

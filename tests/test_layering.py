@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -16,16 +17,21 @@ MAY_IMPORT = {
     "grpo": {"environments", "kernels", "rewards", "rollout"},
 }
 DOORS = {  # the only places through which a heavy dependency enters; a folder ends in a slash
-    "ray": {"rollout/pool.py"},
-    "vllm": {f"rollout/{name}.py" for name in ("dsa_model", "engine", "plugin", "recording", "weights")},
-    "transformers": {f"rollout/{name}.py" for name in ("chat", "dsa_model", "scripted", "template")}
-    | {f"grpo/{name}.py" for name in ("cold_start", "policy", "tokenizer")},
+    "ray": {"rollout/engine/pool.py"},
+    "vllm": {"rollout/engine/"},
+    "transformers": {"rollout/formats/", "rollout/scripted.py", "rollout/engine/dsa_model.py"}
+    | {"grpo/policy/", "grpo/stages/"},
     "triton": {"kernels/"},
-    "torch": {"kernels/", "grpo/"}
-    | {
-        f"rollout/{name}.py"
-        for name in ("dsa_model", "dsa_modules", "dsa_paged", "engine", "pool", "recording", "weights")
-    },
+    "torch": {"kernels/", "grpo/", "rollout/engine/"},
+}
+ROOMS = {  # rooms within a package that must not know each other's upper neighbours
+    "grpo/policy": {"grpo/commands", "grpo/stages", "rollout"},
+    "grpo/stages": {"grpo/commands"},
+    "rollout/engine": {"rollout/formats", "environments"},
+    "rollout/formats": {"rollout/engine"},
+    "environments/tools": {"environments/adapters", "environments/tasks"},
+    "rewards/judging": set(),
+    "kernels/hopper": set(),
 }
 FILES = sorted(path.relative_to(ROOT).as_posix() for package in MAY_IMPORT for path in (ROOT / package).rglob("*.py"))
 SCRIPTS = sorted(
@@ -53,6 +59,14 @@ def test_a_package_imports_only_the_layers_below_it(file):
     assert set(ours) <= {package} | MAY_IMPORT[package]
 
 
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_does_not_import_the_rooms_above_it(room):
+    files = [file for file in FILES if file.startswith(f"{room}/")]
+    assert files, f"no room at {room}"
+    known = {name.removeprefix("trimtab.").replace(".", "/") for file in files for name in imports(file)}
+    assert {name for name in known for above in ROOMS[room] if f"{name}/".startswith(f"{above}/")} == set()
+
+
 @pytest.mark.parametrize("file", FILES)
 def test_heavy_dependencies_enter_through_their_doors(file):
     needed = {name.split(".")[0] for name in imports(file)} & DOORS.keys()
@@ -77,6 +91,7 @@ def test_every_door_that_is_a_file_exists():
 
 BLOCKED = """
 import sys
+import tomllib
 
 class Blocker:
     def find_spec(self, name, path=None, target=None):
@@ -102,3 +117,9 @@ def test_the_light_modules_import_without_the_heavy_dependencies(module, blocked
     code = BLOCKED.format(module=module, blocked=sorted(blocked))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+def test_every_room_is_installed():
+    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    rooms = {Path(file).parent.as_posix() for file in FILES}
+    assert set(packages) == {f"trimtab.{room.replace('/', '.')}" for room in rooms}

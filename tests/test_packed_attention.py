@@ -8,8 +8,8 @@ from kernel_checks import DEVICE, DTYPES, needs_gpu
 from tiny import tiny_deepseek
 from torch import Tensor
 
-from trimtab.grpo import packed_attention
-from trimtab.grpo.policy import Policy, PolicyOutput
+from trimtab.grpo.policy import packed_attention
+from trimtab.grpo.policy.policy import Policy, PolicyOutput
 from trimtab.kernels.lm_head import full_logp
 
 LENGTHS = (23, 1, 5)

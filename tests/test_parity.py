@@ -12,10 +12,10 @@ from tiny import save_tiny_deepseek
 
 from trimtab.grpo.batch import Trajectory, pack
 from trimtab.grpo.config import LossSettings
-from trimtab.grpo.policy import Policy, load_policy
+from trimtab.grpo.policy.policy import Policy, load_policy
 from trimtab.kernels.reference import kept_logp
-from trimtab.rollout.engine import EngineConfig
-from trimtab.rollout.pool import Pool
+from trimtab.rollout.engine.engine import EngineConfig
+from trimtab.rollout.engine.pool import Pool
 from trimtab.rollout.types import Completion, Request, Sampling, Segment
 
 SAMPLING = Sampling(temperature=1.3, top_p=0.9, top_k=64, max_tokens=24)

@@ -19,8 +19,8 @@ from transformers import (
 )
 from transformers.models.deepseek_v32 import modeling_deepseek_v32 as theirs
 
-from trimtab.grpo import attention
-from trimtab.grpo.policy import Policy, check_checkpoint, load_policy
+from trimtab.grpo.policy import attention
+from trimtab.grpo.policy.policy import Policy, check_checkpoint, load_policy
 from trimtab.kernels import reference
 
 LENGTHS = (9, 40, 38, 16, 1, 60)

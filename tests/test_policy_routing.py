@@ -10,8 +10,8 @@ from transformers import PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.models.deepseek_v32 import modeling_deepseek_v32 as deepseek
 from transformers.models.qwen3_moe import modeling_qwen3_moe as qwen
 
-from trimtab.grpo import moe
-from trimtab.grpo.policy import Policy
+from trimtab.grpo.policy import moe
+from trimtab.grpo.policy.policy import Policy
 
 LENGTHS = (30, 41, 12)
 

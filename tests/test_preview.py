@@ -1,10 +1,10 @@
 import pytest
 
 from trimtab.environments.base import Message, ToolCall
+from trimtab.grpo.commands.preview import preview
 from trimtab.grpo.config import Config, Domain
-from trimtab.grpo.preview import preview
 
-AGENT = Config(domains={"agent": Domain(task="trimtab.environments.agent:AgentTask")})
+AGENT = Config(domains={"agent": Domain(task="trimtab.environments.tasks.agent:AgentTask")})
 
 
 def say(prompt: str, seed: int) -> Message:

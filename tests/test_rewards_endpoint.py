@@ -5,10 +5,10 @@ import json
 import pytest
 from judge_server import Act, judge_server
 
-from trimtab.rewards.endpoint import RETRY_TEMPERATURE, Endpoint
-from trimtab.rewards.judge_model import JudgeModel
-from trimtab.rewards.rubric import Criterion, JudgeError, Rubric, RubricScore
-from trimtab.rewards.verdicts import grade, verdict_schema
+from trimtab.rewards.judging.endpoint import RETRY_TEMPERATURE, Endpoint
+from trimtab.rewards.judging.model import JudgeModel
+from trimtab.rewards.judging.rubric import Criterion, JudgeError, Rubric, RubricScore
+from trimtab.rewards.judging.verdicts import grade, verdict_schema
 
 RUBRIC = Rubric((Criterion("rhyme", 3.0), Criterion("mention the boat")))
 GOOD = json.dumps(

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from trimtab.rewards.judge_checks import accuracy, cohen_kappa, length_bias, position_flips
+from trimtab.rewards.judging.agreement import accuracy, cohen_kappa, length_bias, position_flips
 
 T, F = True, False
 

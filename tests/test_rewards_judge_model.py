@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from trimtab.rewards.judge_model import JudgeModel, Reply, VerdictCache, yes_no
-from trimtab.rewards.rubric import Criterion, JudgeError, Rubric, parse_verdict, rubric_score
+from trimtab.rewards.judging.model import JudgeModel, Reply, VerdictCache, yes_no
+from trimtab.rewards.judging.rubric import Criterion, JudgeError, Rubric, parse_verdict, rubric_score
 
 
 class Replies:
@@ -98,7 +98,7 @@ def test_malformed_replies_are_never_remembered():
 
 WRITER = """
 import sys
-from trimtab.rewards.judge_model import VerdictCache
+from trimtab.rewards.judging.model import VerdictCache
 cache = VerdictCache(sys.argv[1])
 for i in range(200):
     cache.put(f"{i}", "yes")

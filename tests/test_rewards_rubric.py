@@ -2,7 +2,15 @@ import asyncio
 
 import pytest
 
-from trimtab.rewards.rubric import Criterion, JudgeError, Rubric, RubricScore, judge_prompt, parse_verdict, rubric_score
+from trimtab.rewards.judging.rubric import (
+    Criterion,
+    JudgeError,
+    Rubric,
+    RubricScore,
+    judge_prompt,
+    parse_verdict,
+    rubric_score,
+)
 
 BOAT = Criterion("mention the boat", 3.0, lambda text: "boat" in text)
 SHORT = Criterion("have at most 9 letters", 1.0, lambda text: len(text) <= 9)

@@ -8,9 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trimtab.rewards.judge_model import JudgeModel, Reply
-from trimtab.rewards.rubric import Criterion, Rubric
-from trimtab.rewards.verdicts import grade, parse_preference, parse_verdicts, prefer, rubric_prompt, verdict_schema
+from trimtab.rewards.judging.model import JudgeModel, Reply
+from trimtab.rewards.judging.rubric import Criterion, Rubric
+from trimtab.rewards.judging.verdicts import (
+    grade,
+    parse_preference,
+    parse_verdicts,
+    prefer,
+    rubric_prompt,
+    verdict_schema,
+)
 
 YES = {"rationale": "It does.", "satisfied": True}
 NO = {"rationale": " It does not. ", "satisfied": False}

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from trimtab.environments.base import Message, ToolCall
-from trimtab.rollout.chat import Chat, Conversation, MarkupError, parse_calls, render
+from trimtab.rollout.formats.chat import Chat, Conversation, MarkupError, parse_calls, render
 
 CHAT = Chat(tiny_tokenizer())
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"

@@ -15,9 +15,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 from trimtab.environments.base import Message, ToolCall
-from trimtab.rollout.chat import Chat, Conversation, MarkupError
 from trimtab.rollout.context import ContextPolicy
-from trimtab.rollout.dsml import BOS, EOS, JSON, RAW, RESERVED, SPECIAL_TOKENS, format_calls
+from trimtab.rollout.formats.chat import Chat, Conversation, MarkupError
+from trimtab.rollout.formats.dsml import BOS, EOS, JSON, RAW, RESERVED, SPECIAL_TOKENS, format_calls
 from trimtab.rollout.play import Rules, play_group
 from trimtab.rollout.types import Group, Sampling
 

@@ -15,7 +15,7 @@ from test_rollout_template import CHAT as TEMPLATE_CHAT
 
 from trimtab.environments.base import Message, Step, ToolCall
 from trimtab.rollout.context import OMITTED, SUMMARISE, SUMMARY, Context, ContextPolicy, Format, fewest_steps, steps
-from trimtab.rollout.play import Played, Rules, play_group
+from trimtab.rollout.play import PlayedGroup, Rules, play_group
 from trimtab.rollout.scripted import byte_chat
 from trimtab.rollout.types import Completion, Episode, Request, Sampling
 
@@ -245,7 +245,7 @@ class Noting(Engine):
         return sum(not self.asks(prompt) for prompt, *_ in self.seen.get(name, ()))
 
 
-def play(engine: Engine, length: int, **changes) -> Played:
+def play(engine: Engine, length: int, **changes) -> PlayedGroup:
     rules = Rules(sampling=Sampling(max_tokens=10**5), max_len=10**6, weigh=lambda parts: parts["outcome"])
     return asyncio.run(
         play_group(

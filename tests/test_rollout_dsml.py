@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from tiny import tiny_tokenizer
 
 from trimtab.environments.base import Message, ToolCall
-from trimtab.rollout.chat import Chat, Conversation, MarkupError
-from trimtab.rollout.dsml import response_format_block, tools_block
-from trimtab.rollout.openai_messages import to_openai
+from trimtab.rollout.formats.chat import Chat, Conversation, MarkupError
+from trimtab.rollout.formats.dsml import response_format_block, tools_block
+from trimtab.rollout.formats.openai_messages import to_openai
 
 CHAT = Chat(tiny_tokenizer())
 ASK = Message("user", "12 + 3?")

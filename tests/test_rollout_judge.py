@@ -4,9 +4,9 @@ import json
 import pytest
 
 from trimtab.environments.base import Message
-from trimtab.rewards.judge_model import JudgeModel, yes_no
-from trimtab.rewards.rubric import Criterion, JudgeError, Rubric, rubric_score
-from trimtab.rewards.verdicts import grade
+from trimtab.rewards.judging.model import JudgeModel, yes_no
+from trimtab.rewards.judging.rubric import Criterion, JudgeError, Rubric, rubric_score
+from trimtab.rewards.judging.verdicts import grade
 from trimtab.rollout.judge import RETRY_TOP_K, VERDICT_TOKENS, EngineModel
 from trimtab.rollout.scripted import Scripted, byte_chat
 from trimtab.rollout.types import Completion, Request

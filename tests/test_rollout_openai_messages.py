@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trimtab.environments.base import Message, ToolCall
-from trimtab.rollout.openai_messages import from_openai, load_arguments, restore_reasoning, to_openai, unseen
+from trimtab.rollout.formats.openai_messages import from_openai, load_arguments, restore_reasoning, to_openai, unseen
 
 ASK = Message("user", "Add.")
 TWO = Message("assistant", "Wait.", reasoning="both", tool_calls=(ToolCall("get", {"k": "é\n"}), ToolCall("list")))

@@ -14,10 +14,10 @@ from tiny import save_tiny_deepseek
 from torch import Tensor
 
 from trimtab.kernels import reference
-from trimtab.rollout import dsa_model
-from trimtab.rollout.dsa_model import DsaAttention, DsaMetadata, buckets
-from trimtab.rollout.dsa_paged import plan_step
-from trimtab.rollout.engine import Engine
+from trimtab.rollout.engine import dsa_model
+from trimtab.rollout.engine.dsa_model import DsaAttention, DsaMetadata, buckets
+from trimtab.rollout.engine.dsa_paged import plan_step
+from trimtab.rollout.engine.engine import Engine
 from trimtab.rollout.types import Request
 
 BLOCK = 4

@@ -12,8 +12,8 @@ from tiny import tiny_tokenizer
 
 from trimtab.environments.base import Message, Step, ToolCall, VoidEpisode
 from trimtab.rewards.types import Answer
-from trimtab.rollout.chat import Chat
-from trimtab.rollout.play import Played, Rules, gather, play_group
+from trimtab.rollout.formats.chat import Chat
+from trimtab.rollout.play import PlayedGroup, Rules, gather, play_group
 from trimtab.rollout.types import Completion, Request, Sampling
 
 CHAT = Chat(tiny_tokenizer())
@@ -76,15 +76,15 @@ def weigh(parts: Mapping[str, float]) -> float:
     return parts.get("outcome", 0.0) + 0.5 * parts.get("length", 0.0)
 
 
-def play(script: Script, *steps: Step | Exception, **changes: Any) -> Played:
+def play(script: Script, *steps: Step | Exception, **changes: Any) -> PlayedGroup:
     return play_scenes(script, lambda: Scene(list(steps)), **changes)
 
 
-def play_scenes(script: Script, make_env: Callable[[], Any], **changes: Any) -> Played:
+def play_scenes(script: Script, make_env: Callable[[], Any], **changes: Any) -> PlayedGroup:
     return asyncio.run(playing(script, make_env, **changes))
 
 
-def playing(script: Script, make_env: Callable[[], Any], **changes: Any) -> Coroutine[Any, Any, Played]:
+def playing(script: Script, make_env: Callable[[], Any], **changes: Any) -> Coroutine[Any, Any, PlayedGroup]:
     rules = replace(Rules(sampling=Sampling(max_tokens=100), weigh=weigh, max_len=400), **changes)
     return play_group(
         make_env, name="step0/agent", domain="agent", group_size=2, generate=script, chat=CHAT, rules=rules, seed=1
@@ -217,7 +217,7 @@ def test_an_environment_that_cannot_start_voids_its_episode_alone():
     )
     assert len(played.voided) == 1 and played.group is not None and len(played.group.episodes) == 2
     assert script.requests[0].n == 2
-    void = Played(group=None, voided=("no kernel",) * 2)
+    void = PlayedGroup(group=None, voided=("no kernel",) * 2)
     assert play_scenes(script, lambda: Scene([], VoidEpisode("no kernel"))) == void
 
 
@@ -353,6 +353,6 @@ def test_a_group_reward_that_cannot_judge_voids_the_group():
     def silent(answers: Sequence[Answer]) -> list[float]:
         raise VoidEpisode("the judge is silent")
 
-    void = Played(group=None, voided=("the judge is silent",) * 2)
+    void = PlayedGroup(group=None, voided=("the judge is silent",) * 2)
     assert play(Script(ANSWER), DONE, group_rewards={"rank": silent}) == void
     assert play(Script(ANSWER), DONE, process_rewards={"rank": silent}) == void

@@ -9,8 +9,8 @@ import ray
 import torch
 from tiny import save_tiny_deepseek
 
-from trimtab.rollout.engine import EngineConfig
-from trimtab.rollout.pool import EngineError, Pool, gpu_share
+from trimtab.rollout.engine.engine import EngineConfig
+from trimtab.rollout.engine.pool import EngineError, Pool, gpu_share
 from trimtab.rollout.types import Request, Sampling
 
 

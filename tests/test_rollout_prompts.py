@@ -3,8 +3,8 @@
 import pytest
 
 from trimtab.environments.base import Message
-from trimtab.rollout.chat import Conversation
-from trimtab.rollout.prompts import AGENT, PROMPTS, REASONING, REASONING_WITH_TOOLS, with_prompt
+from trimtab.rollout.formats.chat import Conversation
+from trimtab.rollout.formats.prompts import AGENT, PROMPTS, REASONING, REASONING_WITH_TOOLS, with_prompt
 from trimtab.rollout.scripted import byte_chat
 
 ASK = Message("user", "12 + 3?")

@@ -5,9 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trimtab.rollout.dsa_model import buckets
-from trimtab.rollout.recording import draw, rewindable, truncate
-from trimtab.rollout.weights import one_by_one
+from trimtab.rollout.engine.dsa_model import buckets
+from trimtab.rollout.engine.recording import draw, rewindable, truncate
+from trimtab.rollout.engine.weights import one_by_one
 
 
 @pytest.mark.parametrize(

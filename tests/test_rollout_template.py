@@ -13,9 +13,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 from trimtab.environments.base import Message, ToolCall
-from trimtab.rollout.chat import MarkupError
+from trimtab.rollout.formats.chat import MarkupError
+from trimtab.rollout.formats.template import TemplateChat, TemplateConversation
 from trimtab.rollout.play import Rules, play_group
-from trimtab.rollout.template import TemplateChat, TemplateConversation
 from trimtab.rollout.types import Sampling
 
 SHOWN = "loop.index0 > last.user and (loop.last or m.reasoning_content)"

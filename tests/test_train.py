@@ -17,7 +17,7 @@ from trimtab.grpo.run import RunFolder
 from trimtab.grpo.train import prepare
 
 STEPS = 3
-TRIMTAB = [sys.executable, "-c", "import sys; from trimtab.grpo.cli import main; sys.exit(main())"]
+TRIMTAB = [sys.executable, "-c", "import sys; from trimtab.grpo.commands.cli import main; sys.exit(main())"]
 
 
 def short() -> Config:

@@ -12,7 +12,7 @@ from tiny import tiny_deepseek
 
 from trimtab.grpo.batch import Trajectory
 from trimtab.grpo.config import Config, Domain, LossSettings
-from trimtab.grpo.policy import Policy
+from trimtab.grpo.policy.policy import Policy
 from trimtab.grpo.recipes import quickstart
 from trimtab.grpo.trainer import Trainer, schedule
 from trimtab.rollout.types import Segment

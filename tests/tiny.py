@@ -7,7 +7,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import DeepseekV32Config, DeepseekV32ForCausalLM, PreTrainedTokenizerFast
 
-from trimtab.rollout.chat import BOS, EOS, MARKUP, SPECIAL_TOKENS
+from trimtab.rollout.formats.chat import BOS, EOS, MARKUP, SPECIAL_TOKENS
 
 CORPUS = (
     "What is 12 + 35? The sum of apple and pear is 47. Write a note to Anna about the river.",

@@ -1,0 +1,1 @@
+"""Tasks that others wrote: reasoning-gym, files of rows, verifiers."""

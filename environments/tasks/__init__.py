@@ -1,0 +1,1 @@
+"""Tasks of our own: the quickstart's three domains, and an order desk."""

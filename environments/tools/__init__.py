@@ -1,0 +1,1 @@
+"""Tools that a policy calls: what a tool is, functions, interpreter, search."""

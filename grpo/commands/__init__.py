@@ -1,0 +1,1 @@
+"""What the trimtab command and a notebook call."""

@@ -1,0 +1,86 @@
+"""The trimtab command."""
+
+import sys
+import time
+from pathlib import Path
+
+import tyro
+
+from trimtab.grpo.config import Config
+from trimtab.grpo.recipes import RECIPES, find_recipe
+
+USAGE = f"""usage: trimtab COMMAND
+
+  trimtab train RECIPE [--option value ...]   start a run; RECIPE is {", ".join(sorted(RECIPES))} or path.py:function
+  trimtab train RECIPE --help                 every option with its default
+  trimtab train runs/NAME --resume            continue a run
+  trimtab judge-eval FILE --model NAME [--base-url URL] [--option value ...]   a judge against labels; --help: options
+  trimtab judge-eval --generate FILE          write labelled answers to try it with
+  trimtab doctor [--json]                     what this machine can run, and why not"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; the exit code is 2 for what the user can mend."""
+    words = sys.argv[1:] if argv is None else argv
+    match words:
+        case ["train", target, *options] if not target.startswith("-"):
+            try:
+                return _train(target, options)
+            except KeyboardInterrupt:
+                print("trimtab: stopped at once; what was not saved is lost", file=sys.stderr)
+                return 130
+        case ["judge-eval", *options] if options:
+            return _judge_eval(options)
+        case ["doctor"] | ["doctor", "--json"]:
+            from trimtab.grpo.commands.doctor import doctor
+
+            return doctor(as_json="--json" in words)
+        case [] | ["-h" | "--help", *_] | [_, "-h" | "--help"]:
+            print(USAGE)
+            return 0
+    return _fail(f"no command {' '.join(words)!r}\n{USAGE}")
+
+
+def _train(target: str, options: list[str]) -> int:
+    resume = "--resume" in options
+    options = [option for option in options if option != "--resume"]
+    try:
+        default = Config.load(Path(target) / "config.json") if resume else find_recipe(target)()
+        config = tyro.cli(
+            Config, default=default, args=options, prog=f"trimtab train {target}", description=Config.__doc__
+        )
+        fresh = config.out or time.strftime(f"runs/{_name(target)}-%Y%m%d-%H%M%S")
+        folder = Path(target if resume else fresh)
+
+        from trimtab.grpo.train import NothingPlayed, prepare
+        from trimtab.rollout.engine.pool import EngineError
+
+        run = prepare(config, folder, resume=resume)
+    except ValueError as error:
+        return _fail(str(error))
+    try:
+        return run.train()
+    except (OSError, NothingPlayed, EngineError) as error:
+        print(f"trimtab: {error}; checkpoints are whole, go on with: trimtab train {folder} --resume", file=sys.stderr)
+        return 1
+
+
+def _judge_eval(options: list[str]) -> int:
+    from trimtab.grpo.commands.judge_eval import Generate, JudgeEval, judge_eval, write_labelled
+
+    try:
+        if options[0] == "--generate":
+            write_labelled(tyro.cli(Generate, args=options[1:], prog="trimtab judge-eval --generate"))
+            return 0
+        return judge_eval(tyro.cli(JudgeEval, args=options, prog="trimtab judge-eval"))
+    except ValueError as error:
+        return _fail(str(error))
+
+
+def _name(target: str) -> str:
+    return Path(target.partition(":")[0]).stem
+
+
+def _fail(message: str) -> int:
+    print(f"trimtab: {message}", file=sys.stderr)
+    return 2

@@ -1,0 +1,1 @@
+"""The policy for training: model families, attention, experts."""

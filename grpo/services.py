@@ -1,0 +1,97 @@
+"""What tasks may ask for by name: `judge` says yes or no to one criterion, `grade` rules on a whole rubric."""
+
+import asyncio
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from trimtab.grpo.config import Config, Judge
+from trimtab.rewards.judging.endpoint import Endpoint
+from trimtab.rewards.judging.model import JudgeModel, VerdictCache, yes_no
+from trimtab.rewards.judging.verdicts import grade
+from trimtab.rollout.engine.engine import EngineConfig
+from trimtab.rollout.engine.pool import Pool
+from trimtab.rollout.formats.template import load_format
+from trimtab.rollout.judge import VERDICT_TOKENS, EngineModel
+
+SERVICES = frozenset({"judge", "grade"})
+
+
+@dataclass(frozen=True, slots=True)
+class Judging:
+    """The services, and the models behind them, which count what they do."""
+
+    judge: JudgeModel
+    grade: JudgeModel
+
+    @property
+    def services(self) -> dict[str, Any]:
+        """What a task gets, by name."""
+        return {"judge": yes_no(self.judge), "grade": partial(grade, model=self.grade)}
+
+    def metrics(self) -> Mapping[str, float]:
+        """What was asked so far, as judge_calls and so on."""
+        models = {id(model): model.usage.as_dict() for model in (self.judge, self.grade)}
+        return {f"judge_{name}": sum(usage[name] for usage in models.values()) for name in self.judge.usage.as_dict()}
+
+
+def is_needed(config: Config) -> bool:
+    """Whether the task of any domain names a service."""
+    return any(domain.services & SERVICES for domain in config.domains.values())
+
+
+def check(config: Config) -> None:
+    """Ask the endpoint that would judge for one word.
+
+    Raises:
+        ValueError: it does not answer.
+    """
+    if not (config.judge.model and is_needed(config)):
+        return
+    try:
+        asyncio.run(_endpoint(config.judge)("Reply with one word: yes", None, 0))
+    except ValueError:
+        return  # it answers, though not as asked
+    except Exception as error:  # a model behind a network: no key, no such model, nobody there
+        where = config.judge.base_url or "its default endpoint"
+        raise ValueError(f"the judge {config.judge.model!r} at {where} does not answer: {error!r}") from error
+
+
+@contextmanager
+def endpoint(config: Config, folder: Path) -> Iterator[Judging]:
+    """The judge behind an endpoint; its verdicts are kept in the run's folder, so a resumed run does not pay again."""
+    cache = VerdictCache(folder / "verdicts.sqlite")
+    try:
+        model = JudgeModel(_endpoint(config.judge), cache=cache)
+        yield Judging(model, model)
+    finally:
+        cache.close()
+
+
+def _endpoint(judge: Judge) -> Endpoint:
+    return Endpoint(
+        judge.model,
+        judge.base_url or None,
+        key_variable=judge.key_variable,
+        max_tokens=judge.max_tokens,
+        at_once=judge.at_once,
+    )
+
+
+@contextmanager
+def engine(config: Config, settings: EngineConfig, gpu_share: float) -> Iterator[Judging]:
+    """A frozen checkpoint in an engine of its own. Yes or no is asked for once: asked again, it says the same."""
+    pool = Pool(settings, 1, gpu_share)
+    try:
+        pool.wait_until_ready()
+        chat = load_format(settings.model)
+        short, long = (
+            EngineModel(pool.generate, chat, identity=settings.model, max_tokens=tokens)
+            for tokens in (VERDICT_TOKENS, min(config.judge.max_tokens, settings.max_model_len // 2))
+        )
+        yield Judging(JudgeModel(short, attempts=1), JudgeModel(long))
+    finally:
+        pool.close()

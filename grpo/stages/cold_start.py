@@ -1,0 +1,240 @@
+"""A policy from nothing: supervised training on generated demonstrations of every domain and of judging."""
+
+import hashlib
+import json
+import random
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from torch import Tensor, nn
+from transformers import DeepseekV32Config, DeepseekV32ForCausalLM
+
+import trimtab.environments.tasks.alignment as alignment
+from trimtab.environments.base import Message
+from trimtab.grpo.config import ColdStart, Config
+from trimtab.grpo.policy.policy import Policy
+from trimtab.grpo.stages.muon import Muon
+from trimtab.grpo.stages.tokenizer import train_tokenizer
+from trimtab.rollout.formats.chat import Chat, render
+from trimtab.rollout.formats.dsml import BOS, EOS, MARKUP, SPECIAL_TOKENS, format_calls, tools_block
+
+Demonstrate = Callable[[random.Random], tuple[Message, ...]]
+Sequence = tuple[np.ndarray, np.ndarray]  # ids int32 [N], sampled bool [N]
+TOKENIZER_EXAMPLES = 3000
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A part of the cold start: what attention sees, and whether the indexer learns from it."""
+
+    name: str
+    dense: bool
+    learns_indexer: bool
+
+
+DENSE = Stage("dense", dense=True, learns_indexer=False)
+WARM_UP = Stage("indexer warm-up", dense=True, learns_indexer=True)
+SPARSE = Stage("sparse", dense=False, learns_indexer=True)
+
+
+def quickstart_policy(vocab_size: int, bos_id: int, eos_id: int) -> DeepseekV32Config:
+    """DeepSeek-V3.2 in small: MLA, DSA that is sparse beyond 24 keys, grouped experts; about 2 M parameters."""
+    return DeepseekV32Config(
+        vocab_size=vocab_size,
+        hidden_size=128,
+        intermediate_size=384,
+        moe_intermediate_size=64,
+        num_hidden_layers=3,
+        first_k_dense_replace=1,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        q_lora_rank=96,
+        kv_lora_rank=64,
+        qk_nope_head_dim=32,
+        qk_rope_head_dim=16,
+        v_head_dim=32,
+        index_n_heads=4,
+        index_head_dim=32,
+        index_topk=24,
+        n_routed_experts=32,
+        n_shared_experts=1,
+        num_experts_per_tok=4,
+        n_group=4,
+        topk_group=2,
+        routed_scaling_factor=1.0,
+        max_position_embeddings=2048,
+        initializer_range=0.05,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        bos_token_id=bos_id,
+        eos_token_id=eos_id,
+        tie_word_embeddings=False,
+    )
+
+
+def cold_start(config: Config, console: Console) -> Path:
+    """The checkpoint that a run without a model starts from, trained once and kept under runs/cold-start-*.
+
+    The folder's name is a hash of the settings and of the sources that make the examples, so a change of either
+    trains anew.
+    """
+    folder = Path("runs") / f"cold-start-{_fingerprint(config)}"
+    if (folder / "config.json").is_file():
+        console.print(f"cold start: using {folder}")
+        return folder
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    train(config, partial, console)
+    partial.rename(folder)
+    console.print(f"cold start: kept in {folder}")
+    return folder
+
+
+def train(config: Config, out: Path, console: Console) -> None:
+    """Train from random weights and write a checkpoint with its tokenizer to `out`.
+
+    First attention is dense; then the indexer learns to find what it looks at (warm-up); then attention follows the
+    indexer, which goes on learning over what it selects [DeepSeek-V3.2, section 2.1]. Other than there, the model
+    goes on learning in the warm-up: it is too short to be spent on the indexer alone.
+    """
+    settings = config.cold_start
+    sources = demonstrations(config)
+    tokenizer = train_tokenizer(
+        _texts(sources, settings),
+        vocab_size=settings.vocab_size,
+        special=SPECIAL_TOKENS,
+        markup=MARKUP,
+        bos=BOS,
+        eos=EOS,
+    )
+    chat = Chat(tokenizer)
+    torch.manual_seed(settings.seed)
+    model = DeepseekV32ForCausalLM(quickstart_policy(len(tokenizer), chat.bos_id, chat.eos_id))
+    policy = Policy(model).to("cuda" if torch.cuda.is_available() else "cpu")
+    parameters = sum(parameter.numel() for parameter in policy.parameters())
+    console.print(
+        f"cold start: {parameters / 1e6:.1f} M parameters, vocabulary {len(tokenizer)}, {settings.steps} steps"
+    )
+    _optimise(policy, _batches(sources, settings, chat), settings, console)
+    policy.save(out)
+    tokenizer.save_pretrained(out)
+
+
+def demonstrations(config: Config) -> dict[str, tuple[Demonstrate, bool, float]]:
+    """By name: what makes one conversation, whether it thinks, and its share of the examples."""
+
+    async def nobody(prompt: str) -> str:
+        raise AssertionError("demonstrations are not judged")
+
+    found: dict[str, tuple[Demonstrate, bool, float]] = {
+        name: (domain.load_task(judge=nobody).demonstrate, domain.thinking, domain.demonstrations)
+        for name, domain in config.domains.items()
+    }
+    return found | {"judge": (alignment.judge_demonstration, True, config.cold_start.judge_demonstrations)}
+
+
+def _texts(sources: Mapping[str, tuple[Demonstrate, bool, float]], settings: ColdStart) -> Iterator[str]:
+    rng = random.Random(f"tokenizer{settings.seed}")
+    for _ in range(TOKENIZER_EXAMPLES // len(sources)):
+        for demonstrate, _, _ in sources.values():
+            for message in demonstrate(rng):
+                yield message.content
+                yield message.reasoning
+                yield format_calls(message.tool_calls)
+                yield tools_block(message.tools) if message.tools else ""
+
+
+def _batches(
+    sources: Mapping[str, tuple[Demonstrate, bool, float]], settings: ColdStart, chat: Chat
+) -> Iterator[list[Sequence]]:
+    """Endless batches of about tokens_per_step tokens, shortest sequence first."""
+    rng = random.Random(f"cold start{settings.seed}")
+    names = list(sources)
+    shares = [sources[name][2] for name in names]
+    while True:
+        batch: list[Sequence] = []
+        while sum(len(ids) for ids, _ in batch) < settings.tokens_per_step:
+            demonstrate, thinking, _ = sources[rng.choices(names, shares)[0]]
+            batch += render(chat, demonstrate(rng), thinking=thinking)
+        yield sorted(batch, key=lambda sequence: len(sequence[0]))
+
+
+def _optimise(policy: Policy, batches: Iterator[list[Sequence]], settings: ColdStart, console: Console) -> None:
+    optimizers = _optimizers(policy, settings.lr)
+    started = time.perf_counter()
+    tokens = 0
+    for step in range(settings.steps):
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = settings.lr * _schedule(step, settings.steps)
+        batch = next(batches)
+        stage = _stage(step / settings.steps, settings)
+        loss, indexer_kl = _loss(policy, batch, stage, prompt_weight=settings.prompt_weight)
+        policy.zero_grad()
+        (loss + indexer_kl).backward()
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+        tokens += sum(len(ids) for ids, _ in batch)
+        if (step + 1) % max(settings.steps // 20, 1) == 0:
+            speed = tokens / (time.perf_counter() - started)
+            console.print(
+                f"cold start: step {step + 1}/{settings.steps} ({stage.name})  loss {float(loss.detach()):.3f}  "
+                f"indexer KL {float(indexer_kl.detach()):.3f}  {speed:,.0f} tok/s",
+                highlight=False,
+            )
+
+
+def _optimizers(policy: Policy, lr: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside the layers, AdamW for embeddings, head, norms and stacked experts."""
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for name, parameter in policy.named_parameters():
+        (matrices if parameter.ndim == 2 and ".layers." in name else others).append(parameter)
+    return [Muon(matrices, lr), torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)]
+
+
+def _loss(policy: Policy, batch: list[Sequence], stage: Stage, *, prompt_weight: float) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of the next token, and the indexer's KL. Tokens of the prompt count prompt_weight each."""
+    device = policy.head_weight.device
+    ids_N = torch.from_numpy(np.concatenate([ids for ids, _ in batch])).long().to(device)
+    sampled_N = torch.from_numpy(np.concatenate([sampled for _, sampled in batch])).to(device)
+    cu_seqlens = torch.tensor([0, *np.cumsum([len(ids) for ids, _ in batch])]).to(device)
+    out = policy(ids_N, cu_seqlens, dense_attention=stage.dense, with_indexer_kl=stage.learns_indexer)
+    weight_N = sampled_N + prompt_weight * ~sampled_N
+    weight_N[cu_seqlens[:-1]] = 0.0  # nothing predicts a first token
+    predict_S = weight_N.nonzero().squeeze(-1)
+    logits_SV = out.hidden_ND.index_select(0, predict_S - 1) @ policy.head_weight.T
+    loss_S = F.cross_entropy(logits_SV, ids_N[predict_S], reduction="none")
+    indexer_kl = torch.zeros(()) if out.indexer_kl_N is None else out.indexer_kl_N.mean()
+    return (loss_S * weight_N[predict_S]).sum() / weight_N.sum(), indexer_kl
+
+
+def _stage(progress: float, settings: ColdStart) -> Stage:
+    if progress < settings.dense_share:
+        return DENSE
+    return WARM_UP if progress < settings.dense_share + settings.warmup_share else SPARSE
+
+
+def _schedule(step: int, steps: int) -> float:
+    warmup = max(round(0.05 * steps), 1)
+    return min((step + 1) / warmup, 1.0) * (1.0 - 0.9 * step / steps)
+
+
+def _fingerprint(config: Config) -> str:
+    package = Path(__file__).parent.parent.parent
+    formats = [package / "rollout" / "formats" / f"{name}.py" for name in ("chat", "dsml", "strict_json")]
+    own = sorted(
+        {Path(file) for domain in config.domains.values() if (file := domain.task.rpartition(":")[0]).endswith(".py")}
+    )
+    sources = [Path(__file__), *sorted((package / "environments").rglob("*.py")), *formats, *own]
+    tasks = {name: (domain.task, domain.thinking, domain.demonstrations) for name, domain in config.domains.items()}
+    settings = json.dumps([asdict(config.cold_start), tasks], sort_keys=True).encode()
+    return hashlib.sha256(settings + b"".join(path.read_bytes() for path in sources)).hexdigest()[:10]

@@ -1,0 +1,1 @@
+"""vLLM: one engine, the actors that hold many, what they record, their weights, the DSA model."""

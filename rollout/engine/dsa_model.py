@@ -1,0 +1,388 @@
+"""DeepSeek-V3.2 (MLA, sparse attention, routed experts) as a model inside vLLM.
+
+Indexer scores, top-k and attention are those that training uses: on a GPU the Triton kernels over the paged cache, on
+a CPU plain PyTorch over padded buckets of sequences. Parameters bear the names transformers gives them. At a few
+million parameters the number of operations of a decoding step, not their size, is its cost.
+
+Shape suffixes: N = tokens of a step, H = heads, D = index head width, W = latent and rope width of a cached
+row, C = latent width, R = rope width, E = experts, K = experts a token, B = sequences of a bucket, T = their
+queries (padded), L = their keys (padded).
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import DeepseekV32Config
+from transformers.models.deepseek_v32.modeling_deepseek_v32 import DeepseekV32RotaryEmbedding, yarn_apply_mscale
+from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.model_executor.layers.fused_moe.fused_moe import fused_experts
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionMetadata,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+)
+from vllm.v1.kv_cache_interface import MLAAttentionSpec
+from vllm.v1.kv_cache_layout import KVCacheLayout
+
+from trimtab.kernels.reference import index_scores, select, selected_ids, sparse_mla
+from trimtab.rollout.engine import dsa_paged
+from trimtab.rollout.engine.dsa_modules import Experts, Mlp, Moe, Norm, Weight, masked_mqa, rotate_halves, rotate_pairs
+from trimtab.rollout.engine.dsa_paged import PagedStep, plan_step
+
+GATHER_FROM = 12
+"""Contexts above this multiple of index_topk gather the selected rows; shorter ones are read whole, with a mask,
+which took a third of the time at 4 times index_topk."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """Sequences of a step with about the same number of new tokens, padded to one shape."""
+
+    token_BT: Tensor  # rows of the step's tokens; the padding repeats a sequence's last
+    real: Tensor | None  # which of the B * T are not padding, as indices; None when all are
+    block_BN: Tensor  # cache blocks
+    visible_BTL: Tensor
+
+
+def buckets(starts: list[int], lengths: list[int], block_table: Tensor, block_size: int) -> list[Bucket]:
+    """Group the sequences of a step by their number of new tokens: 1 (decoding), or the next power of two.
+
+    Args:
+        starts: first row of each sequence and the end of the last, [sequences + 1].
+        lengths: tokens of each sequence so far, the new ones included.
+    """
+    members: dict[int, list[int]] = {}
+    for i in range(len(starts) - 1):
+        if (new := starts[i + 1] - starts[i]) > 0:
+            members.setdefault(1 << (new - 1).bit_length(), []).append(i)
+    device = block_table.device
+    result = []
+    for rows in members.values():
+        start_B, new_B, length_B = torch.tensor(
+            [[starts[i] for i in rows], [starts[i + 1] - starts[i] for i in rows], [lengths[i] for i in rows]]
+        ).to(device)
+        T = max(starts[i + 1] - starts[i] for i in rows)
+        blocks = -(-max(lengths[i] for i in rows) // block_size)
+        within_BT = torch.arange(T, device=device).minimum(new_B[:, None] - 1)
+        position_BT = (length_B - new_B)[:, None] + within_BT
+        real_BT = torch.arange(T, device=device) < new_B[:, None]
+        result.append(
+            Bucket(
+                token_BT=start_B[:, None] + within_BT,
+                real=None if T == 1 else real_BT.flatten().nonzero()[:, 0],
+                block_BN=block_table[torch.tensor(rows, device=device), :blocks].long(),
+                visible_BTL=torch.arange(blocks * block_size, device=device) <= position_BT[..., None],
+            )
+        )
+    return result
+
+
+def _has_kernels(device: torch.device) -> bool:
+    return device.type != "cpu"
+
+
+@dataclass
+class DsaMetadata(AttentionMetadata):
+    """What every layer of a step shares: the plan of a GPU, or that of a CPU."""
+
+    paged: PagedStep | None = None
+    slot_N: Tensor | None = None
+    buckets: list[Bucket] = field(default_factory=list)
+
+
+class DsaMetadataBuilder(AttentionMetadataBuilder[DsaMetadata]):
+    """Plans a step once for all layers."""
+
+    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: torch.device):
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self._topk = vllm_config.compilation_config.static_forward_context[layer_names[0]].topk
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> DsaMetadata:
+        m, block_size = common_attn_metadata, self.kv_cache_spec.block_size
+        slot_N = m.slot_mapping[: m.num_actual_tokens]
+        if not _has_kernels(self.device):
+            plan = buckets(m.query_start_loc_cpu.tolist(), m.seq_lens.tolist(), m.block_table_tensor, block_size)
+            return DsaMetadata(slot_N=slot_N.long(), buckets=plan)
+        # The host's lengths are bounds where tokens are drafted ahead, which this engine does not do; here, exact.
+        lengths = m.seq_lens_cpu_upper_bound
+        return DsaMetadata(
+            plan_step(m.query_start_loc_cpu, lengths, m.block_table_tensor, slot_N, block_size, self._topk)
+        )
+
+
+class DsaBackend(AttentionBackend):
+    """Tells vLLM how to plan; the layer computes attention itself."""
+
+    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float32, torch.bfloat16, torch.float16]
+    supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto"]
+
+    @staticmethod
+    def get_name() -> str:
+        return "TRIMTAB_DSA"
+
+    @staticmethod
+    def get_impl_cls() -> Any:
+        raise NotImplementedError("the layer computes attention itself")
+
+    @staticmethod
+    def get_builder_cls() -> type[DsaMetadataBuilder]:
+        return DsaMetadataBuilder
+
+    @classmethod
+    def is_mla(cls) -> bool:
+        return True
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        return (KVCacheLayout.LBNHC,)  # a layer's rows, one after another
+
+
+class Indexer(nn.Module):
+    """The weights that choose what attention sees; weights_proj stays in float32, as transformers keeps it."""
+
+    def __init__(self, wq_b: Tensor, wk: Tensor, weights_proj: Tensor):
+        super().__init__()
+        self.wq_b, self.wk, self.weights_proj = Weight(wq_b), Weight(wk), Weight(weights_proj)
+        self.k_norm = nn.LayerNorm(len(wk), eps=1e-6)
+
+
+class DsaAttention(nn.Module, AttentionLayerBase):
+    """Multi-head latent attention in absorbed form over the keys that the indexer selects.
+
+    A cached row holds the latent, the rotated rope key and the rotated indexer key of one token.
+    """
+
+    def __init__(self, config: DeepseekV32Config, prefix: str):
+        super().__init__()
+        c, vllm_config = config, get_current_vllm_config()
+        self.prefix, self.dtype = prefix, vllm_config.model_config.dtype
+        self.H, self.C, self.R = c.num_attention_heads, c.kv_lora_rank, c.qk_rope_head_dim
+        self.nope, self.V = c.qk_nope_head_dim, c.v_head_dim
+        self.index_H, self.D, self.topk = c.index_n_heads, c.index_head_dim, c.index_topk
+        self.scale = yarn_apply_mscale(c.rope_parameters, (self.nope + self.R) ** -0.5)
+        self.index_scale = (self.index_H * self.D) ** -0.5
+        self._down_sizes = [c.q_lora_rank, self.C, self.R, self.D]
+        self._down = torch.empty(sum(self._down_sizes), c.hidden_size)
+        rows = self._down.split([c.q_lora_rank, self.C + self.R, self.D])
+        self.q_a_proj, self.kv_a_proj_with_mqa = Weight(rows[0]), Weight(rows[1])
+        self._up_sizes = [self.H * (self.nope + self.R), self.index_H * self.D]
+        self._up = torch.empty(sum(self._up_sizes), c.q_lora_rank)
+        q_b, wq_b = self._up.split(self._up_sizes)
+        self.q_b_proj = Weight(q_b)
+        self.indexer = Indexer(wq_b, rows[2], torch.empty(self.index_H, c.hidden_size, dtype=torch.float32))
+        self.kv_b_proj = Weight(torch.empty(self.H * (self.nope + self.V), self.C))
+        self.o_proj = Weight(torch.empty(c.hidden_size, self.H * self.V))
+        self.q_a_layernorm, self.kv_a_layernorm = Norm(c.q_lora_rank, 1e-6), Norm(self.C, 1e-6)
+        self.kv_cache = torch.empty(0)
+        layers = vllm_config.compilation_config.static_forward_context
+        assert prefix not in layers, prefix
+        layers[prefix] = self
+
+    def bind_kv_cache(self, kv_cache: Tensor) -> None:
+        """Take the cache: [blocks, 1 head, block, width]."""
+        self.kv_cache = kv_cache.squeeze(1)
+        assert self.kv_cache.is_contiguous(), self.kv_cache.stride()
+
+    def get_attn_backend(self) -> type[AttentionBackend]:
+        return DsaBackend
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> MLAAttentionSpec:
+        return MLAAttentionSpec(
+            block_size=vllm_config.cache_config.block_size,
+            num_kv_heads=1,
+            head_size=self.C + self.R + self.D,
+            dtype=self.dtype,
+        )
+
+    def forward(self, x: Tensor, turn: Tensor) -> Tensor:
+        """x [N, hidden]; turn [N, 1, R / 2], the complex rotation of each position."""
+        compressed, latent, rope, index_k = F.linear(x, self._down).split(self._down_sizes, -1)
+        latent, compressed = self.kv_a_layernorm(latent), self.q_a_layernorm(compressed)
+        q, index_q = F.linear(compressed, self._up).split(self._up_sizes, -1)
+        q = q.unflatten(-1, (self.H, -1))
+        rope = rotate_pairs(torch.cat([q[..., self.nope :], rope[:, None]], 1), turn)
+        index_k = self.indexer.k_norm(index_k)
+        index = rotate_halves(torch.cat([index_q, index_k], -1).unflatten(-1, (-1, self.D)), turn)
+        w_uk, w_uv = self.kv_b_proj.weight.view(self.H, self.nope + self.V, self.C).split([self.nope, self.V], 1)
+        absorbed = torch.bmm(q[..., : self.nope].transpose(0, 1), w_uk).transpose(0, 1)
+        q = torch.cat([absorbed, rope[:, : self.H]], -1)
+        metadata = get_forward_context().attn_metadata
+        if metadata is None:
+            out = absorbed
+        else:
+            weight = F.linear(x.float(), self.indexer.weights_proj.weight) * self.index_scale
+            row = torch.cat([latent, rope[:, self.H], index[:, self.index_H]], -1)
+            out = self._attend(q, index[:, : self.index_H], weight, row, metadata[self.prefix])
+        value = torch.bmm(out.transpose(0, 1), w_uv.transpose(1, 2)).transpose(0, 1)
+        return F.linear(value.flatten(1), self.o_proj.weight)
+
+    def _attend(self, q_NHW: Tensor, index_q: Tensor, weight: Tensor, row: Tensor, metadata: DsaMetadata) -> Tensor:
+        """Cache the new rows and attend: [N, H, C]."""
+        cache = self.kv_cache.flatten(0, 1)
+        if step := metadata.paged:
+            assert len(step.slot_N) == len(row), "steps are not padded without CUDA graphs"
+            cache.index_copy_(0, step.slot_N, row)
+            return dsa_paged.attend(
+                q_NHW, index_q, weight, cache, step, value_dim=self.C, topk=self.topk, scale=self.scale
+            )
+        slots = metadata.slot_N
+        assert slots is not None
+        cache.index_copy_(0, slots, row[: len(slots)].to(cache.dtype))
+        out_NHC = q_NHW.new_zeros(*q_NHW.shape[:2], self.C)
+        for bucket in metadata.buckets:
+            token = bucket.token_BT
+            out = self._attend_bucket(q_NHW[token], index_q[token], weight[token], bucket).flatten(0, 1)
+            if bucket.real is None:
+                out_NHC[token[:, 0]] = out
+            else:
+                out_NHC[token.flatten()[bucket.real]] = out[bucket.real]
+        return out_NHC
+
+    def _attend_bucket(self, q_BTHW: Tensor, index_q: Tensor, weight: Tensor, bucket: Bucket) -> Tensor:
+        B = len(bucket.block_BN)
+        rows = self.kv_cache.index_select(0, bucket.block_BN.flatten()).view(B, -1, self.kv_cache.shape[-1])
+        row_BLW, key_BLD = rows.split([self.C + self.R, self.D], -1)
+        mask_BTL = bucket.visible_BTL
+        length = mask_BTL.shape[-1]
+        if length > self.topk:
+            mask_BTL = select(index_scores(index_q, key_BLD, weight, mask_BTL), self.topk)
+        if length <= GATHER_FROM * self.topk:
+            return masked_mqa(q_BTHW, row_BLW, mask_BTL, self.C, self.scale)
+        return sparse_mla(q_BTHW, row_BLW, selected_ids(mask_BTL, self.topk), self.C, self.scale)[0]
+
+
+class FusedExperts(Experts):
+    """Routed experts in vLLM's fused Triton kernels, which read the stacked weights as they are: none is ever stale.
+
+    Their fp32 products run in TF32, so this is for half precision.
+    """
+
+    def forward(self, x: Tensor, ids_NK: Tensor, gate_NK: Tensor) -> Tensor:
+        return fused_experts(x, self.gate_up_proj, self.down_proj, gate_NK.float(), ids_NK.int())
+
+
+class Layer(nn.Module):
+    """One block: attention, then a dense or a routed feed-forward, each behind its norm."""
+
+    def __init__(self, config: DeepseekV32Config, index: int, prefix: str):
+        super().__init__()
+        self.self_attn = DsaAttention(config, f"{prefix}.self_attn")
+        if config.mlp_layer_types[index] == "sparse":
+            half = torch.get_default_dtype() != torch.float32
+            experts = FusedExperts if half and _has_kernels(torch.get_default_device()) else Experts
+            self.mlp: nn.Module = Moe(config, index, experts(config))
+        else:
+            self.mlp = Mlp(config.hidden_size, config.intermediate_size)
+        self.input_layernorm = Norm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = Norm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, turn: Tensor) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), turn)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """All but the head."""
+
+    def __init__(self, config: DeepseekV32Config, prefix: str):
+        super().__init__()
+        c = config
+        self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.layers = nn.ModuleList(Layer(c, i, f"{prefix}.layers.{i}") for i in range(c.num_hidden_layers))
+        self.norm = Norm(c.hidden_size, c.rms_norm_eps)
+
+    def forward(self, x: Tensor, turn: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x, turn)
+        return self.norm(x)
+
+
+class DsaForCausalLM(nn.Module):
+    """transformers' DeepseekV32ForCausalLM for vLLM, parameter for parameter.
+
+    Raises:
+        ValueError: a config with attention biases, or with a RoPE that depends on the length.
+    """
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
+        super().__init__()
+        # vLLM reads deepseek_v32 as DeepseekV3Config, which knows neither mlp_layer_types nor rope_parameters.
+        given = vllm_config.model_config.hf_config.to_dict() | {"model_type": "deepseek_v32"}
+        self.config = c = DeepseekV32Config.from_dict(given)
+        if c.attention_bias:
+            raise ValueError("attention_bias=true is not supported; DeepSeek-V3.2 has none")
+        if c.rope_parameters["rope_type"] not in ("default", "yarn", "linear"):
+            raise ValueError(f"rope_type {c.rope_parameters['rope_type']!r} is not supported; use default or yarn")
+        prefix = f"{prefix}.model" if prefix else "model"
+        self.model = Decoder(c, prefix)
+        self.lm_head = Weight(torch.empty(c.vocab_size, c.hidden_size))
+        if c.tie_word_embeddings:
+            self.lm_head = Weight(self.model.embed_tokens.weight.data)
+        positions = torch.arange(vllm_config.model_config.max_model_len)
+        with torch.device("cpu"):  # a GPU's powers differ in the last bit, which a long context multiplies
+            rotary = DeepseekV32RotaryEmbedding(c)
+        cos, sin = rotary.to(positions.device)(torch.empty(0, dtype=torch.float32), positions[None])
+        half = c.qk_rope_head_dim // 2
+        self._turn = torch.complex(cos[0, :, None, :half], sin[0, :, None, :half])
+
+    def embed_input_ids(self, input_ids: Tensor) -> Tensor:
+        return self.model.embed_tokens(input_ids)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        intermediate_tensors: Any = None,
+        inputs_embeds: Tensor | None = None,
+        **_: Any,
+    ) -> Tensor:
+        x = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
+        return self.model(x, self._turn[positions])
+
+    def compute_logits(self, hidden_states: Tensor) -> Tensor:
+        weight = self.lm_head.weight
+        if hidden_states.is_cuda and hidden_states.dtype != torch.float32:  # logits keep the sums' precision
+            return torch.mm(hidden_states, weight.T, out_dtype=torch.float32)
+        return F.linear(hidden_states, weight)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Copy weights in; routed experts come one by one, as in a checkpoint, or stacked, as in a trainer.
+
+        Raises:
+            ValueError: a name that this model does not have, or a shape that does not fit.
+        """
+        parameters = dict(self.named_parameters())
+        seen = set()
+        for name, weight in weights:
+            key, index = _stacked(name)
+            if key not in parameters:
+                if key == "lm_head.weight" and self.config.tie_word_embeddings:
+                    continue
+                raise ValueError(f"the policy has no parameter {name!r}")
+            target = parameters[key].data
+            if index is not None:
+                target = target[index[0]] if index[1] is None else target[index[0]].chunk(2)[index[1]]
+            if target.shape != weight.shape:
+                raise ValueError(f"{name!r} has shape {tuple(weight.shape)}, the policy wants {tuple(target.shape)}")
+            target.copy_(weight)
+            seen.add(key)
+        return seen
+
+
+def _stacked(name: str) -> tuple[str, tuple[int, int | None] | None]:
+    """The stacked parameter of one expert's weight, with the expert's number and the half it fills."""
+    before, found, after = name.partition(".experts.")
+    if not found or not after[0].isdigit():
+        return name, None
+    expert, projection, _ = after.split(".")
+    half = {"gate_proj": 0, "up_proj": 1, "down_proj": None}[projection]
+    return f"{before}.experts.{'down_proj' if half is None else 'gate_up_proj'}", (int(expert), half)

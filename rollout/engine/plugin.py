@@ -1,0 +1,14 @@
+"""What vLLM loads at its start through the entry point vllm.general_plugins."""
+
+ARCHITECTURE = "TrimtabDsaForCausalLM"
+
+
+def register() -> None:
+    """Add the policy and the weight transfer. vLLM calls this in every process, possibly more than once."""
+    from vllm import ModelRegistry
+
+    from trimtab.rollout.engine import weights
+    from trimtab.rollout.engine.dsa_model import DsaForCausalLM
+
+    ModelRegistry.register_model(ARCHITECTURE, DsaForCausalLM)
+    weights.register()

@@ -1,0 +1,1 @@
+"""How messages become token ids and back: DeepSeek-V3.2's format, a checkpoint's own template."""
