@@ -194,7 +194,7 @@ class Policy(nn.Module):
     def _plan(self, cu_seqlens: Tensor, topk: int) -> tuple[Sequence[Part], Callable[[int, int], Attend]]:
         """How to cut the pack, and the form of attention by length."""
         if self.sparse and (cu_seqlens.is_cuda if self.packed is None else self.packed):
-            from trimtab.grpo import packed_attention  # Triton, which a CPU does without
+            from trimtab.grpo.policy import packed_attention  # Triton, which a CPU does without
 
             choose = self.choose_attend or packed_attention.choose_attend
             return packed_attention.spans_of(cu_seqlens, topk, choose), choose
