@@ -202,9 +202,7 @@ def index_topk(
     rows = max(1, min(N, SCORES_AT_ONCE // max(1, width)))
     score_RL = torch.empty(rows, width, dtype=torch.float32, device=q_NHD.device)
     count_N, parts = end_N - start_N, []
-    for q, w, start, end, count in zip(
-        *(x.split(rows) for x in (q_NHD, w_NH, start_N, end_N, count_N)), strict=True
-    ):
+    for q, w, start, end, count in zip(*(x.split(rows) for x in (q_NHD, w_NH, start_N, end_N, count_N)), strict=True):
         score = score_RL[: len(q)]
         _scores(q, k_MD, w, start, end, score, k_scale_M, row_M, fill=False)
         parts.append(topk_ids(score, topk, count_N=count, first_N=start))
@@ -213,7 +211,15 @@ def index_topk(
 
 @torch.no_grad()
 def paged_topk(
-    q_BHD: Tensor, k_RD: Tensor, w_BH: Tensor, page_BP: Tensor, length_B: Tensor, topk: int, *, page_size: int, width: int
+    q_BHD: Tensor,
+    k_RD: Tensor,
+    w_BH: Tensor,
+    page_BP: Tensor,
+    length_B: Tensor,
+    topk: int,
+    *,
+    page_size: int,
+    width: int,
 ) -> Tensor:
     """index_topk of a decoding step: query b sees the length[b] tokens of its sequence, where a paged cache holds them.
 

@@ -112,9 +112,7 @@ def test_a_decoding_step_selects_the_cache_rows_that_index_topk_selects(page_siz
     cache[row_M, 8:40] = k_MD
     ids_NK = indexer.index_topk(q_NHD, k_MD, w_NH, end_N - length_B, end_N, k, longest=width).long()
     with poisoned():
-        row_BK = indexer.paged_topk(
-            q_NHD, cache[:, 8:40], w_NH, page_BP, length_B, k, page_size=page_size, width=width
-        )
+        row_BK = indexer.paged_topk(q_NHD, cache[:, 8:40], w_NH, page_BP, length_B, k, page_size=page_size, width=width)
     assert torch.equal(row_BK.long(), torch.where(ids_NK < 0, -1, row_M[ids_NK.clamp(min=0)]))
 
 

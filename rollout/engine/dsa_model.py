@@ -9,7 +9,7 @@ row, C = latent width, R = rope width, E = experts, K = experts a token, B = seq
 queries (padded), L = their keys (padded).
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -24,6 +24,7 @@ from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.layers.fused_moe.fused_moe import fused_experts
 from vllm.v1.attention.backend import (
     AttentionBackend,
+    AttentionCGSupport,
     AttentionMetadata,
     AttentionMetadataBuilder,
     CommonAttentionMetadata,
@@ -32,9 +33,8 @@ from vllm.v1.kv_cache_interface import MLAAttentionSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from trimtab.kernels.reference import index_scores, select, selected_ids, sparse_mla
-from trimtab.rollout.engine import dsa_paged
 from trimtab.rollout.engine.dsa_modules import Experts, Mlp, Moe, Norm, Weight, masked_mqa, rotate_halves, rotate_pairs
-from trimtab.rollout.engine.dsa_paged import PagedStep, plan_step
+from trimtab.rollout.engine.dsa_paged import DecodeStep, PagedStep, plan_step
 
 GATHER_FROM = 12
 """Contexts above this multiple of index_topk gather the selected rows; shorter ones are read whole, with a mask,
@@ -88,21 +88,36 @@ def _has_kernels(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
+def graphs_possible(config: Mapping[str, Any], dtype: torch.dtype) -> bool:
+    """Whether CUDA graphs can hold a decoding step of the policy in config.json: routed experts of fp32 multiply by
+    torch's grouped product, which waits for the device."""
+    return dtype != torch.float32 or "sparse" not in DeepseekV32Config.from_dict(dict(config)).mlp_layer_types
+
+
 @dataclass
 class DsaMetadata(AttentionMetadata):
     """What every layer of a step shares: the plan of a GPU, or that of a CPU."""
 
-    paged: PagedStep | None = None
+    step: PagedStep | DecodeStep | None = None
     slot_N: Tensor | None = None
     buckets: list[Bucket] = field(default_factory=list)
 
 
 class DsaMetadataBuilder(AttentionMetadataBuilder[DsaMetadata]):
-    """Plans a step once for all layers."""
+    """Plans a step once for all layers. A step of one token a sequence is the engine's own tensors, so a CUDA graph
+    that has seen them reads what the engine writes there later."""
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: torch.device):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._topk = vllm_config.compilation_config.static_forward_context[layer_names[0]].topk
+        self._width = vllm_config.model_config.max_model_len
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: Any) -> AttentionCGSupport:
+        model = vllm_config.model_config
+        if graphs_possible(_policy_config(model.hf_config).to_dict(), model.dtype):
+            return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+        return AttentionCGSupport.NEVER
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -112,6 +127,11 @@ class DsaMetadataBuilder(AttentionMetadataBuilder[DsaMetadata]):
         if not _has_kernels(self.device):
             plan = buckets(m.query_start_loc_cpu.tolist(), m.seq_lens.tolist(), m.block_table_tensor, block_size)
             return DsaMetadata(slot_N=slot_N.long(), buckets=plan)
+        if m.max_query_len == 1:
+            B, table = m.num_reqs, m.block_table_tensor
+            assert m.num_actual_tokens == B and slot_N.dtype == torch.int64, (m.num_actual_tokens, B, slot_N.dtype)
+            width = min(self._width, table.shape[1] * block_size)
+            return DsaMetadata(DecodeStep(slot_N, m.seq_lens[:B], table[:B], block_size, width))
         # The host's lengths are bounds where tokens are drafted ahead, which this engine does not do; here, exact.
         lengths = m.seq_lens_cpu_upper_bound
         return DsaMetadata(
@@ -228,12 +248,10 @@ class DsaAttention(nn.Module, AttentionLayerBase):
     def _attend(self, q_NHW: Tensor, index_q: Tensor, weight: Tensor, row: Tensor, metadata: DsaMetadata) -> Tensor:
         """Cache the new rows and attend: [N, H, C]."""
         cache = self.kv_cache.flatten(0, 1)
-        if step := metadata.paged:
-            assert len(step.slot_N) == len(row), "steps are not padded without CUDA graphs"
-            cache.index_copy_(0, step.slot_N, row)
-            return dsa_paged.attend(
-                q_NHW, index_q, weight, cache, step, value_dim=self.C, topk=self.topk, scale=self.scale
-            )
+        if step := metadata.step:
+            assert len(step.slot_N) == len(row), (len(step.slot_N), len(row))
+            cache.index_copy_(0, step.slot_N.clamp(min=0), row)  # -1, which fills up a step, goes where nothing reads
+            return step.attend(q_NHW, index_q, weight, cache, value_dim=self.C, topk=self.topk, scale=self.scale)
         slots = metadata.slot_N
         assert slots is not None
         cache.index_copy_(0, slots, row[: len(slots)].to(cache.dtype))
@@ -306,6 +324,12 @@ class Decoder(nn.Module):
         return self.norm(x)
 
 
+def _policy_config(hf_config: Any) -> DeepseekV32Config:
+    """The policy's config. vLLM reads deepseek_v32 as DeepseekV3Config, which knows neither mlp_layer_types nor
+    rope_parameters."""
+    return DeepseekV32Config.from_dict(hf_config.to_dict() | {"model_type": "deepseek_v32"})
+
+
 class DsaForCausalLM(nn.Module):
     """transformers' DeepseekV32ForCausalLM for vLLM, parameter for parameter.
 
@@ -315,9 +339,7 @@ class DsaForCausalLM(nn.Module):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__()
-        # vLLM reads deepseek_v32 as DeepseekV3Config, which knows neither mlp_layer_types nor rope_parameters.
-        given = vllm_config.model_config.hf_config.to_dict() | {"model_type": "deepseek_v32"}
-        self.config = c = DeepseekV32Config.from_dict(given)
+        self.config = c = _policy_config(vllm_config.model_config.hf_config)
         if c.attention_bias:
             raise ValueError("attention_bias=true is not supported; DeepSeek-V3.2 has none")
         if c.rope_parameters["rope_type"] not in ("default", "yarn", "linear"):
@@ -332,7 +354,8 @@ class DsaForCausalLM(nn.Module):
             rotary = DeepseekV32RotaryEmbedding(c)
         cos, sin = rotary.to(positions.device)(torch.empty(0, dtype=torch.float32), positions[None])
         half = c.qk_rope_head_dim // 2
-        self._turn = torch.complex(cos[0, :, None, :half], sin[0, :, None, :half])
+        # A buffer, so that sleep keeps it; not of the checkpoint.
+        self.register_buffer("_turn", torch.complex(cos[0, :, None, :half], sin[0, :, None, :half]), persistent=False)
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         return self.model.embed_tokens(input_ids)
