@@ -3,8 +3,8 @@
 A step of a small policy is as long as its launches. Roundings are those of the plain PyTorch in rollout/engine/
 dsa_modules.py, which is the spec: sums in fp32, a result of each named operation in the type of its input.
 
-Shape suffixes: N = tokens of a step, H = heads, R = rope width, C = latent width, Q = compressed query width, W = C + R,
-D = index head width or any width, E = experts, K = experts a token.
+Shape suffixes: N = tokens of a step, H = heads, R = rope width, C = latent width, Q = compressed query width,
+W = C + R, D = index head width or any width, E = experts, K = experts a token.
 """
 
 import torch
@@ -113,8 +113,8 @@ def latent_rows(
     down_NF: Tensor, q_gain_Q: Tensor, kv_gain_C: Tensor, k_gain_D: Tensor, k_bias_D: Tensor, turn_N1R: Tensor,
     slot_N: Tensor, cache: Tensor, eps: float,
 ) -> Tensor:  # fmt: skip
-    """Normalise the compressed queries, and write each token's row of the cache: the normed latent, the rope key rotated
-    in pairs, the indexer's key normed and rotated in halves.
+    """Normalise the compressed queries, and write each token's row of the cache: the normed latent, the rope key
+    rotated in pairs, the indexer's key normed and rotated in halves.
 
     Args:
         down_NF: compressed query, latent, rope key and indexer's key, one beside the other.

@@ -50,7 +50,7 @@ class PagedStep:
     """What every layer of a step shares."""
 
     slot_N: Tensor
-    """int64: the cache row that each new token fills."""
+    """int64: the cache row that each new token fills, or -1."""
     start_N: Tensor
     """int32: token n sees the logical keys start_N[n] <= m < end_N[n]."""
     end_N: Tensor
@@ -97,7 +97,7 @@ def plan_step(
     Args:
         start_B1: first token of each sequence in the step, and the end of the last; on the CPU.
         length_B: tokens of each sequence so far, the new ones included; on the CPU.
-        slot_N: the engine's cache rows of the new tokens; -1, in dry runs, goes to the block that nothing reads.
+        slot_N: the engine's cache rows of the new tokens; -1 in dry runs.
     """
     device = block_table_BP.device
     N, M, longest = len(slot_N), int(length_B.sum()), int(length_B.max())
@@ -115,4 +115,4 @@ def plan_step(
         K = min(topk, 1 << (longest - 1).bit_length())  # few sizes: a kernel compiles for each
         id_NK = start_N[:, None] + torch.arange(K, device=device)
         visible_NK = slot_M1[torch.where(id_NK < end_N[:, None], id_NK, -1)]
-    return PagedStep(slot_N.long().clamp(min=0), start_N.int(), end_N.int(), row_M, slot_M1, visible_NK, longest)
+    return PagedStep(slot_N, start_N.int(), end_N.int(), row_M, slot_M1, visible_NK, longest)
