@@ -23,7 +23,8 @@ from trimtab.grpo.batch import trajectories
 from trimtab.grpo.config import Config
 from trimtab.grpo.display import LiveTable, held_out_table
 from trimtab.grpo.mixture import Draw, PlayedBatch, draw_held_out, draw_step, load_tasks, part_means, play_draws, scores
-from trimtab.grpo.policy.policy import check_checkpoint, load_policy
+from trimtab.grpo.policy.checkpoint import check_checkpoint
+from trimtab.grpo.policy.policy import load_policy
 from trimtab.grpo.run import RunFolder, replace_text, step_of_checkpoint
 from trimtab.grpo.stages.cold_start import cold_start
 from trimtab.grpo.trainer import Trainer

@@ -19,8 +19,9 @@ from transformers import (
 )
 from transformers.models.deepseek_v32 import modeling_deepseek_v32 as theirs
 
-from trimtab.grpo.policy import attention
-from trimtab.grpo.policy.policy import Policy, check_checkpoint, load_policy
+from trimtab.grpo.policy import attention, parts
+from trimtab.grpo.policy.checkpoint import check_checkpoint
+from trimtab.grpo.policy.policy import Policy, load_policy
 from trimtab.kernels import reference
 
 LENGTHS = (9, 40, 38, 16, 1, 60)
@@ -150,7 +151,7 @@ def test_packed_sequences_equal_separate_ones(form):
     with torch.no_grad():
         packed = policy(ids_N, cu_seqlens, with_indexer_kl=True)
         alone = [policy(ids, torch.tensor([0, len(ids)]), with_indexer_kl=True) for ids in ids_N.split(list(LENGTHS))]
-    assert len(attention.blocks_of(cu_seqlens)) > 1
+    assert len(parts.blocks_of(LENGTHS, cu_seqlens.device)) > 1
     hidden_ND = torch.cat([output.hidden_ND for output in alone])
     torch.testing.assert_close(packed.hidden_ND, hidden_ND, rtol=0, atol=2e-5)
     kl_N = torch.cat([output.indexer_kl_N for output in alone])
@@ -160,7 +161,7 @@ def test_packed_sequences_equal_separate_ones(form):
 def test_positions_restart_with_every_sequence():
     policy = _policy(tiny_deepseek())
     ids_N, cu_seqlens = _pack()
-    cos_NR, sin_NR = policy._rotary(policy.model.model.embed_tokens(ids_N), cu_seqlens)
+    cos_NR, sin_NR = policy._rotary(policy.model.model.embed_tokens(ids_N), LENGTHS)
     assert (cos_NR[cu_seqlens[:-1]] == 1).all() and not sin_NR[cu_seqlens[:-1]].any()
     assert torch.equal(sin_NR[9:49], sin_NR[104:144])  # the sequences of 40 and of 60 tokens
 
@@ -334,7 +335,7 @@ def test_impossible_calls_are_refused():
 
 
 def test_pad_and_unpad_are_inverse_and_carry_exact_gradients():
-    for block in attention.blocks_of(_pack()[1]):
+    for block in parts.blocks_of(LENGTHS, torch.device("cpu")):
         x_ND = torch.randn(block.tokens, 3, dtype=torch.float64, requires_grad=True)
         assert torch.equal(block.unpad(block.pad(x_ND)), x_ND)
         assert torch.autograd.gradcheck(lambda x, b=block: b.unpad(b.pad(x).square()), x_ND)
@@ -342,10 +343,10 @@ def test_pad_and_unpad_are_inverse_and_carry_exact_gradients():
 
 @pytest.mark.parametrize("lengths", [(5,), (3, 3, 3), (100, 1, 100), (1, 2, 4, 8, 16, 32), (2000, 2000)])
 def test_blocks_cover_every_sequence_in_order_with_little_padding(lengths):
-    blocks = attention.blocks_of(torch.tensor([0, *lengths]).cumsum(0))
+    blocks = parts.blocks_of(lengths, torch.device("cpu"))
     assert tuple(length for block in blocks for length in block.lengths) == lengths
-    assert all(len(b.lengths) * b.T <= attention.MAX_PADDING * b.tokens for b in blocks)
-    assert all(len(b.lengths) == 1 or len(b.lengths) * b.T**2 <= attention.MAX_PAIRS for b in blocks)
+    assert all(len(b.lengths) * b.T <= parts.MAX_PADDING * b.tokens for b in blocks)
+    assert all(len(b.lengths) == 1 or len(b.lengths) * b.T**2 <= parts.MAX_PAIRS for b in blocks)
 
 
 def test_the_head_gives_the_same_logp_over_all_ids_kept_or_full():
