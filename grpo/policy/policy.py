@@ -222,7 +222,7 @@ class Policy(nn.Module):
         like = x_ND.new_empty(0, dtype=torch.float32 if self.family.latent else x_ND.dtype)
         angle = self.model.model.rotary_emb(like, position_N[None])
         if isinstance(angle, Tensor):  # DeepSeek-V2's are complex
-            return angle.real.flatten(0, -2), angle.imag.flatten(0, -2)
+            return angle.real.flatten(0, -2).contiguous(), angle.imag.flatten(0, -2).contiguous()
         cos, sin = (part.flatten(0, -2) for part in angle)
         half = cos.shape[-1] // 2
         return cos[:, :half], sin[:, :half]
