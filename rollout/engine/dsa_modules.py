@@ -141,7 +141,7 @@ class Experts(nn.Module):
     def forward(self, x: Tensor, ids_NK: Tensor, gate_NK: Tensor) -> Tensor:
         K = ids_NK.shape[1]
         expert, order = ids_NK.flatten().sort(stable=True)
-        last = torch.arange(len(self.down_proj), device=x.device)
+        last = torch.arange(len(self.down_proj), dtype=expert.dtype, device=x.device)
         ends = torch.searchsorted(expert, last, right=True).int()
         gate, up = F.grouped_mm(x[order // K], self.gate_up_proj.transpose(1, 2), offs=ends).chunk(2, -1)
         sorted_out = F.grouped_mm(F.silu(gate) * up, self.down_proj.transpose(1, 2), offs=ends)
