@@ -46,7 +46,7 @@ nope, C, R, D, index_H, Q, hidden = 128, 512, 64, 128, 16, 768, 1536
 processors = 132
 
 def splits(programs, tiles, device):
-    return 1 << (max(1, min(tiles, processors // max(1, programs))).bit_length() - 1)
+    return 1 << (max(1, min(tiles, 2 * processors // max(1, programs))).bit_length() - 1)
 
 sparse_mla._splits = splits
 cache, table = torch.zeros(64, C + R + D, dtype=dtype), torch.zeros(256, width // 16, dtype=torch.int32)
