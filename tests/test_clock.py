@@ -75,7 +75,7 @@ def test_a_phase_ends_with_the_error_that_leaves_it():
 
 
 def test_scoring_that_sampling_hides_is_not_seen():
-    """Requests from 0 to 3 and from 2 to 6; scoring of the first from 3 to 4 is hidden, of the second from 6 to 8 not."""
+    """Requests from 0 to 3 and from 2 to 6: scoring until 6 is hidden, scoring from 6 to 8 is not."""
     clock, hands = clock_and_hands()
 
     async def play() -> None:
