@@ -201,7 +201,8 @@ def _call(call: ToolCall) -> str:
 
 def _within(rules: Rules, prompt: tuple[int, ...]) -> Sampling:
     """The domain's sampling, cut to the tokens that are left behind prompt."""
-    return replace(rules.sampling, max_tokens=min(rules.sampling.max_tokens, rules.max_len - len(prompt)))
+    room = rules.max_len - len(prompt)
+    return replace(rules.sampling, max_tokens=min(rules.sampling.max_tokens or room, room))
 
 
 def _seed(*parts: object) -> int:
