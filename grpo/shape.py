@@ -30,6 +30,11 @@ class GroupedAttention:
         return self.heads * 2 * self.width
 
     @property
+    def key_pair_width(self) -> int:
+        """Those with the key alone."""
+        return self.heads * self.width
+
+    @property
     def cached(self) -> int:
         """Values that the engine keeps for a token."""
         return 2 * self.kv_heads * self.width
@@ -63,6 +68,10 @@ class LatentAttention:
     @property
     def pair_width(self) -> int:
         return self.heads * (self.nope + self.rope + self.value)
+
+    @property
+    def key_pair_width(self) -> int:
+        return self.heads * (self.nope + self.rope)
 
     @property
     def cached(self) -> int:
