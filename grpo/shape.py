@@ -48,9 +48,10 @@ class GroupedAttention:
         return {"q_proj": (hidden, q), "k_proj": (hidden, kv), "v_proj": (hidden, kv), "o_proj": (q, hidden)}
 
     def saved(self, absorbed: bool) -> int:
-        """Values a token that the backward pass needs: q, k, v, the output; before the norm of each head, q and k."""
+        """Values a token that the backward pass needs: q, k, v, the output and its copy that o_proj reads; for norms of
+        each head, q and k before them and normalised."""
         q, kv = self.heads * self.width, self.kv_heads * self.width
-        return 2 * q + 2 * kv + (q + kv if self.normed else 0)
+        return 3 * q + 2 * kv + (2 * (q + kv) if self.normed else 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,10 +96,10 @@ class LatentAttention:
         }
 
     def saved(self, absorbed: bool) -> int:
-        """Values a token: both latents before and after their norms, the rotated part, then q, k, v and the output of
-        all heads; absorbed: q and the output as wide as a latent, in place of k and v."""
-        latents = 2 * (self.kv_rank + (self.q_rank or 0)) + self.rope
-        q, output = self.nope + self.rope, self.value
+        """Values a token: both latents before and after their norms and normalised, the rotated part, then q, k, v, the
+        output and its copy; absorbed: q and the output as wide as a latent, in place of k and v."""
+        latents = 3 * (self.kv_rank + (self.q_rank or 0)) + self.rope
+        q, output = self.nope + self.rope, 2 * self.value
         if absorbed:
             return latents + self.heads * (q + 2 * self.kv_rank + self.rope + output)
         return latents + self.heads * (2 * q + self.nope + self.value + output)
