@@ -188,9 +188,11 @@ def _remedies(config: Config) -> Iterator[tuple[str, Config]]:
     """What can be given up, the cheapest first, and the configuration without it."""
     rollout = config.rollout
     open_rollout = replace(rollout, sleep=None if rollout.sleep is False else rollout.sleep, kv_cache_mib=None)
+    prefix = ""
     if open_rollout != rollout:
         config = replace(config, rollout=open_rollout)
-        yield "rollout.sleep and rollout.kv_cache_mib left out", config
+        prefix = "rollout.sleep and rollout.kv_cache_mib left out"
+        yield prefix, config
     ranks = (0,) if config.lora.rank else (0, 16)
     tokens = [config.tokens_per_microbatch]
     while tokens[-1] // 2 >= resolved(rollout.max_len):
@@ -208,6 +210,7 @@ def _remedies(config: Config) -> Iterator[tuple[str, Config]]:
             changes["checkpoint_activations"] = "--checkpoint-activations", True
         if changes:
             words = " ".join(option for option, _ in changes.values())
+            words = f"{prefix} and {words}" if prefix else words
             yield words, replace(config, **{name: value for name, (_, value) in changes.items()})
 
 

@@ -88,7 +88,7 @@ class Run:
             players = stack.enter_context(Players.start(config, folder, trainer, first))
             if first == 0:
                 save_held_out(folder, before=players.held_out())
-            table = stack.enter_context(LiveTable(list(config.domains), config.steps, console))
+            table = stack.enter_context(LiveTable(config, console))
             for step in range(first, config.steps):
                 metrics = one_step(config, folder, trainer, players, step)
                 table.show(metrics)
