@@ -86,7 +86,7 @@ class Run:
             if first == 0:
                 save_held_out(folder, before=held_out(players, config))
             meter = Meter(config, clock)
-            table = stack.enter_context(LiveTable(list(config.domains), config.steps, console))
+            table = stack.enter_context(LiveTable(config, console))
             for step in range(first, config.steps):
                 metrics = one_step(config, folder, trainer, players, meter, step)
                 table.show(metrics)
