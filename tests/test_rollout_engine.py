@@ -175,7 +175,7 @@ def test_new_weights_are_the_models_and_the_cached_prefix_is_forgotten(engine, s
 
 def test_weights_wait_for_an_idle_engine_and_must_fit(engine):
     engine.add(Request(name="busy", prompt_ids=prompt(5), sampling=SAMPLING))
-    with pytest.raises(ValueError, match="1 requests are unfinished"):
+    with pytest.raises(ValueError, match="1 sequences are unfinished"):
         engine.load_weights({}, 8)
     while engine.busy:
         engine.step()

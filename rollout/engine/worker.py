@@ -1,0 +1,50 @@
+"""What our workers tell beyond vLLM's: where the time of a start went, and the sums of their weights."""
+
+import functools
+import time
+from collections.abc import Callable
+from typing import Any
+
+from trimtab.rollout.engine.weights import checksums
+
+START = {
+    "init_device": "device",
+    "load_model": "model",
+    "determine_available_memory": "first run",
+    "initialize_from_config": "cache",
+    "compile_or_warm_up_model": "warm-up and graphs",
+}
+
+
+def reporting(worker: Any) -> Any:
+    """A worker class of vLLM that times its start and sums its weights."""
+
+    class Reporting(worker):
+        def start_seconds(self) -> dict[str, float]:
+            return self._seconds
+
+        def checksums(self) -> dict[str, float]:
+            seen: set[int] = set()
+            pairs = []
+            for name, weight in self.model_runner.get_model().named_parameters():
+                if not weight.numel() or weight.data_ptr() not in seen:  # a tied head counts once
+                    seen.add(weight.data_ptr())
+                    pairs.append((name, weight))
+            return checksums(pairs)
+
+    for method, part in START.items():
+        setattr(Reporting, method, timed(part, getattr(worker, method)))
+    return Reporting
+
+
+def timed(part: str, method: Callable[..., Any]) -> Callable[..., Any]:
+    """A worker's method that notes its seconds under part."""
+
+    @functools.wraps(method)
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        started = time.perf_counter()
+        result = method(self, *args, **kwargs)
+        vars(self).setdefault("_seconds", {})[part] = time.perf_counter() - started
+        return result
+
+    return run
