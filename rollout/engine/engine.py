@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from trimtab.rollout.engine.sequences import Running, SequenceRecord
-from trimtab.rollout.engine.weights import Array, Layout, Named, to_tensors
+from trimtab.rollout.engine.weights import Array, Handle, Layout, Named, to_tensors
 from trimtab.rollout.types import Completion, Request
 
 ENVIRONMENT = {
@@ -260,7 +260,7 @@ class Engine:
         self._drain()
         self._llm.start_weight_update()
 
-    def receive_shared(self, layout: Layout, handle: tuple[Any, ...]) -> None:
+    def receive_shared(self, layout: Layout, handle: Handle) -> None:
         """Load a chunk from a buffer that this GPU shares; afterwards it may be filled anew.
 
         Raises:

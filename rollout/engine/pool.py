@@ -12,7 +12,7 @@ import torch
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from trimtab.rollout.engine.engine import ENVIRONMENT, Engine, EngineConfig, check_device, weight_bytes
-from trimtab.rollout.engine.weights import Array, Layout, Named, SharedBuffer, chunks, to_arrays
+from trimtab.rollout.engine.weights import Array, Handle, Layout, Named, shared_chunks, to_arrays
 from trimtab.rollout.types import Completion, Request
 
 Source = Callable[[], Iterable[Named]]
@@ -69,7 +69,7 @@ class EngineActor:
         self._engine.wake("weights")
         self._engine.begin_update()
 
-    async def receive_shared(self, layout: Layout, handle: tuple[Any, ...]) -> None:
+    async def receive_shared(self, layout: Layout, handle: Handle) -> None:
         with self._open_after_errors():
             self._engine.receive_shared(layout, handle)
 
@@ -243,11 +243,8 @@ class Pool:
         places = {} if here is None else calls.ask("gpu")
         shared = [i for i, place in places.items() if place == here]
         if shared:
-            buffer = SharedBuffer(len(shared))
-            for chunk in chunks(source()):
-                layout = buffer.fill(chunk)
-                handles = dict(zip(shared, buffer.handles, strict=True))
-                calls.ask("receive_shared", {i: (layout, handles[i]) for i in shared})
+            for layout, handles in shared_chunks(source(), len(shared)):
+                calls.ask("receive_shared", {i: (layout, handle) for i, handle in zip(shared, handles, strict=True)})
         stored = [i for i in range(len(actors)) if i not in shared]
         if stored:
             if self._stored is None:
@@ -257,8 +254,7 @@ class Pool:
         if wrong := {i: got for i, got in reached.items() if got != version}:
             raise EngineError(f"after an update to version {version}, engines hold {wrong}")
         if shared:
-            del buffer
-            torch.cuda.ipc_collect()
+            torch.cuda.ipc_collect()  # the readers are done with the memory
         for error in calls.failed.values():
             if isinstance(error, RayTaskError) and isinstance(error.cause, ValueError):
                 raise ValueError(f"weights of version {version} do not load: {error.cause}") from None
@@ -306,7 +302,9 @@ class Pool:
     def _start(self) -> Any:
         environment = {**ENVIRONMENT, "OMP_NUM_THREADS": "1"}
         actor: Any = EngineActor
-        return actor.options(num_gpus=self._num_gpus, runtime_env={"env_vars": environment}).remote(self._config, time.time())
+        return actor.options(num_gpus=self._num_gpus, runtime_env={"env_vars": environment}).remote(
+            self._config, time.time()
+        )
 
     def _home(self, request: Request) -> int:
         """The actor that has the request's group, else the one with the fewest unfinished continuations."""

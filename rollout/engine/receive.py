@@ -11,7 +11,7 @@ from vllm.distributed.weight_transfer.packed_tensor import PackedBufferImporter
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from trimtab.rollout.engine.dsa_model import DsaForCausalLM
-from trimtab.rollout.engine.weights import Layout, Named, one_by_one, views
+from trimtab.rollout.engine.weights import Handle, Layout, Named, one_by_one, views
 
 BACKEND = "trimtab"
 
@@ -27,8 +27,7 @@ class Update(WeightTransferUpdateInfo):
 
     weights: list[Named] = field(default_factory=list)
     layout: Layout | None = None
-    handle: tuple[Any, ...] = ()
-    """What rebuild_cuda_tensor takes; the device's number is the sender's."""
+    handle: Handle = ()
 
 
 class Transfer(WeightTransferEngine[NoInit, Update]):
@@ -57,7 +56,7 @@ class Transfer(WeightTransferEngine[NoInit, Update]):
         stacked = isinstance(self.model, DsaForCausalLM)
         self.model.load_weights(weights if stacked else one_by_one(weights))
 
-    def _mapped(self, handle: tuple[Any, ...]) -> Tensor:
+    def _mapped(self, handle: Handle) -> Tensor:
         mine = list(handle)
         mine[6] = self.device.index
         return self._importer.rebuild(mine)

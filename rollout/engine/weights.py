@@ -4,10 +4,11 @@ Two routes: "ipc", a buffer on the GPU that trainer and engines share; "store", 
 The receiving end is receive.py; nothing here needs vllm.
 """
 
+import math
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -22,29 +23,34 @@ ALIGNMENT = 16  # bytes: a tensor's element size must divide where it begins
 Named = tuple[str, Tensor]
 Array = tuple[str, str, tuple[int, ...], np.ndarray]
 """Name, dtype, shape, bytes."""
+Handle = tuple[Any, ...]
+"""What torch's rebuild_cuda_tensor takes; the device's number is the sender's."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Layout:
-    """Where each tensor lies in a buffer of bytes."""
+    """Where each tensor lies in a buffer of bytes, one behind another."""
 
-    names: tuple[str, ...]
-    dtypes: tuple[str, ...]
-    shapes: tuple[tuple[int, ...], ...]
-    offsets: tuple[int, ...]
-    size: int
+    names: list[str] = field(default_factory=list)
+    dtypes: list[str] = field(default_factory=list)
+    shapes: list[tuple[int, ...]] = field(default_factory=list)
+    offsets: list[int] = field(default_factory=list)
+    size: int = 0
+
+    def add(self, name: str, tensor: Tensor) -> int:
+        """Reserve room for a tensor and return where it begins."""
+        offset = self.size
+        self.names.append(name)
+        self.dtypes.append(_dtype_name(tensor.dtype))
+        self.shapes.append(tuple(tensor.shape))
+        self.offsets.append(offset)
+        self.size += room(tensor)
+        return offset
 
 
-def layout_of(pairs: Iterable[Named]) -> Layout:
-    """Lay tensors one behind another, each at a multiple of ALIGNMENT."""
-    names, dtypes, shapes, offsets, end = [], [], [], [], 0
-    for name, tensor in pairs:
-        names.append(name)
-        dtypes.append(_dtype_name(tensor.dtype))
-        shapes.append(tuple(tensor.shape))
-        offsets.append(end)
-        end += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
-    return Layout(tuple(names), tuple(dtypes), tuple(shapes), tuple(offsets), end)
+def room(tensor: Tensor) -> int:
+    """Bytes that a tensor takes up in a buffer."""
+    return -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
 
 
 def views(buffer: Tensor, layout: Layout) -> list[Named]:
@@ -52,31 +58,41 @@ def views(buffer: Tensor, layout: Layout) -> list[Named]:
     pairs = []
     for name, dtype, shape, offset in zip(layout.names, layout.dtypes, layout.shapes, layout.offsets, strict=True):
         kind = getattr(torch, dtype)
-        size = int(np.prod(shape)) * kind.itemsize
+        size = math.prod(shape) * kind.itemsize
         pairs.append((name, buffer[offset : offset + size].view(kind).view(shape)))
     return pairs
 
 
-def chunks(pairs: Iterable[Named], limit: int = CHUNK_BYTES) -> Iterator[list[Named]]:
-    """Gather tensors into lists of at most limit bytes.
+def put(buffer: Tensor, layout: Layout, name: str, tensor: Tensor) -> None:
+    """Copy a tensor behind those that are in the buffer."""
+    offset = layout.add(name, tensor)
+    target = buffer[offset : offset + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+    target.copy_(tensor.detach(), non_blocking=True)
 
-    A stack of experts that is larger goes one by one; any other tensor that is larger goes alone.
+
+def fill(source: Iterable[Named], allocate: Callable[[int], Tensor], size: int) -> Iterator[tuple[Tensor, Layout]]:
+    """Copy tensors into a buffer as they come, and give it out each time that it is full.
+
+    A source may take a tensor back when the next one is asked for. A stack of experts that does not fit goes one by
+    one; for any other tensor that does not fit, a larger buffer is allocated.
+
+    Args:
+        allocate: makes a buffer of so many bytes.
+        size: of the first buffer; it is made when the first tensor is there.
     """
-    chunk: list[Named] = []
-    total = 0
-    for name, tensor in _divided(pairs, limit):
-        if chunk and total + tensor.nbytes + ALIGNMENT > limit:
-            yield chunk
-            chunk, total = [], 0
-        chunk.append((name, tensor))
-        total += tensor.nbytes + ALIGNMENT
-    if chunk:
-        yield chunk
-
-
-def _divided(pairs: Iterable[Named], limit: int) -> Iterator[Named]:
-    for pair in pairs:
-        yield from one_by_one([pair]) if pair[1].nbytes > limit else [pair]
+    buffer, layout = None, Layout()
+    for pair in source:
+        for name, tensor in one_by_one([pair]) if room(pair[1]) > size else [pair]:
+            if layout.size and layout.size + room(tensor) > size:
+                assert buffer is not None
+                yield buffer, layout
+                layout = Layout()
+            if buffer is None or room(tensor) > len(buffer):
+                size = max(size, room(tensor))
+                buffer = allocate(size)
+            put(buffer, layout, name, tensor)
+    if buffer is not None:
+        yield buffer, layout
 
 
 def one_by_one(pairs: Iterable[Named]) -> Iterator[Named]:
@@ -93,37 +109,32 @@ def one_by_one(pairs: Iterable[Named]) -> Iterator[Named]:
             yield name, weight
 
 
-class SharedBuffer:
-    """Memory of a GPU that the engines on it map: filled, read by all of them, filled again.
+def shared_chunks(source: Iterable[Named], readers: int) -> Iterator[tuple[Layout, list[Handle]]]:
+    """Weights in memory that engines on this GPU can map: a chunk's layout, and the memory's handle for each reader.
 
-    Each reader gets a handle of its own, which it opens once and closes at the end of the update: the count of the
-    readers decides when the memory is free. The trainer must not use expandable segments, which cannot be shared so.
+    A reader opens its handle once and closes it at the end of the update: the count of the readers decides when the
+    memory is free. All have read a chunk before the next is asked for. The trainer must not use expandable segments,
+    which cannot be shared so.
     """
+    device = torch.device("cuda", torch.cuda.current_device())
+    exported: list[Handle] = []
 
-    def __init__(self, readers: int):
-        self._readers = readers
-        self._buffer = torch.empty(0, dtype=torch.uint8)
-        self.handles: list[tuple[Any, ...]] = []
-        """What rebuild_cuda_tensor takes, for each reader."""
+    def allocate(size: int) -> Tensor:
+        buffer = torch.empty(size, dtype=torch.uint8, device=device)
+        exported[:] = [reduce_tensor(buffer)[1] for _ in range(readers)]
+        return buffer
 
-    def fill(self, pairs: list[Named]) -> Layout:
-        """Copy tensors in and wait until they are there; no reader may still read what was there before."""
-        layout = layout_of(pairs)
-        if layout.size > len(self._buffer):
-            size = max(layout.size, CHUNK_BYTES)
-            self._buffer = torch.empty(size, dtype=torch.uint8, device=pairs[0][1].device)
-            self.handles = [reduce_tensor(self._buffer)[1] for _ in range(self._readers)]
-        for (_, target), (_, source) in zip(views(self._buffer, layout), pairs, strict=True):
-            target.copy_(source.detach(), non_blocking=True)
-        torch.accelerator.current_stream().synchronize()
-        return layout
+    for _, layout in fill(source, allocate, CHUNK_BYTES):
+        torch.cuda.current_stream().synchronize()
+        yield layout, list(exported)
 
 
 def to_arrays(pairs: Iterable[Named]) -> list[Array]:
-    """Tensors as bytes in host memory, which travel between processes without being pickled."""
+    """Tensors copied to bytes in host memory, which travel between processes without being pickled."""
     arrays = []
     for name, tensor in pairs:
-        flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+        here = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        flat = here.view(-1).view(torch.uint8)
         arrays.append((name, _dtype_name(tensor.dtype), tuple(tensor.shape), flat.numpy()))
     return arrays
 
@@ -140,11 +151,12 @@ def _dtype_name(dtype: torch.dtype) -> str:
 
 
 def tensor_group(name: str) -> str:
-    """The part of the model a weight belongs to: embed, layers.3.attention, layers.3.mlp, layers.3.norm, norm, head."""
-    layer = re.search(r"layers\.(\d+)\.(\w+)", name)
+    """The part of the model a weight belongs to: embed, layers.3.attention, layers.3.mlp, layers.3.router,
+    layers.3.norm, norm, head."""
+    layer = re.search(r"layers\.(\d+)\.(\w+)(\.gate\.)?", name)
     if layer:
         part = layer[2]
-        kind = "norm" if part.endswith("norm") else "attention" if "attn" in part else "mlp"
+        kind = "norm" if part.endswith("norm") else "attention" if "attn" in part else "router" if layer[3] else "mlp"
         return f"layers.{layer[1]}.{kind}"
     known = {"embed_tokens": "embed", "lm_head": "head", "norm": "norm"}
     return next((group for part, group in known.items() if part in name.split(".")), name)
@@ -155,8 +167,8 @@ def checksums(pairs: Iterable[Named]) -> dict[str, float]:
     """The sum of the weights of each group, in float64.
 
     Weights that an engine holds fused (queries, keys and values; gate and up; experts) sum as their parts do, up to
-    rounding. Give the weights in the engine's dtype. A group of which a weight cannot be read (it is empty: a CPU has
-    packed it) is left out.
+    rounding; an engine that rounds a router which the trainer keeps in float32 differs in that group. A group of which
+    a weight cannot be read (it is empty: a CPU has packed it) is left out.
     """
     sums: dict[str, Tensor] = {}
     unreadable = set()
@@ -168,9 +180,3 @@ def checksums(pairs: Iterable[Named]) -> dict[str, float]:
         part = tensor.detach().sum(dtype=torch.float64)
         sums[group] = sums[group] + part if group in sums else part
     return {group: float(total) for group, total in sums.items() if group not in unreadable}
-
-
-def differing(ours: Mapping[str, float], theirs: Mapping[str, float]) -> list[str]:
-    """The groups known to both whose sums differ by more than the order of a float64 sum explains."""
-    both = [group for group in ours if group in theirs]
-    return [g for g in both if not abs(ours[g] - theirs[g]) <= 1e-6 + 1e-9 * abs(ours[g])]
