@@ -172,6 +172,8 @@ class Pool:
         self.restarts = 0
         self.start_seconds: list[dict[str, float]] = []
         """Where the time of each engine's start went, once they are ready."""
+        self.update_seconds: dict[str, float] = {}
+        """What the engines took for the parts of the last update; the rest of it was the source's and the copies'."""
         self._restarts_in_a_row = 0
         self._config, self._num_gpus = config, num_gpus_per_actor
         self._newest: tuple[Source, int] | None = None
@@ -238,6 +240,7 @@ class Pool:
         assert self._newest is not None
         source, version = self._newest
         calls = _Calls(actors)
+        self.update_seconds = calls.seconds
         calls.ask("begin_update")
         here = gpu_identity()
         places = {} if here is None else calls.ask("gpu")
@@ -339,9 +342,11 @@ class _Calls:
     def __init__(self, actors: list[Any]):
         self._actors = actors
         self.failed: dict[int, BaseException] = {}
+        self.seconds: dict[str, float] = {}
 
     def ask(self, method: str, arguments: dict[int, tuple[Any, ...]] | None = None) -> dict[int, Any]:
         """The answers of those that have not failed, by their places."""
+        started = time.perf_counter()
         whom = arguments if arguments is not None else dict.fromkeys(range(len(self._actors)), ())
         asked = {
             i: getattr(self._actors[i], method).remote(*given) for i, given in whom.items() if i not in self.failed
@@ -352,6 +357,7 @@ class _Calls:
                 answers[i] = ray.get(reference, timeout=START_LIMIT_S)
             except (RayActorError, RayTaskError, GetTimeoutError) as error:
                 self.failed[i] = error
+        self.seconds[method] = self.seconds.get(method, 0.0) + time.perf_counter() - started
         return answers
 
 

@@ -2,7 +2,8 @@
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from trimtab.rollout.engine.weights import checksums
@@ -12,7 +13,7 @@ START = {
     "load_model": "model",
     "determine_available_memory": "first run",
     "initialize_from_config": "cache",
-    "compile_or_warm_up_model": "warm-up and graphs",
+    "compile_or_warm_up_model": "warm-up",
 }
 
 
@@ -21,7 +22,9 @@ def reporting(worker: Any) -> Any:
 
     class Reporting(worker):
         def start_seconds(self) -> dict[str, float]:
-            return self._seconds
+            parts = vars(self)["_seconds"]
+            graphs = parts.get("graphs", 0.0)  # captured during the warm-up
+            return parts | {"warm-up": parts["warm-up"] - graphs}
 
         def checksums(self) -> dict[str, float]:
             seen: set[int] = set()
@@ -33,18 +36,22 @@ def reporting(worker: Any) -> Any:
             return checksums(pairs)
 
     for method, part in START.items():
-        setattr(Reporting, method, timed(part, getattr(worker, method)))
+        setattr(Reporting, method, _timed(part, getattr(worker, method)))
     return Reporting
 
 
-def timed(part: str, method: Callable[..., Any]) -> Callable[..., Any]:
-    """A worker's method that notes its seconds under part."""
+@contextmanager
+def watch(worker: Any, part: str) -> Iterator[None]:
+    """Note the seconds of a part of a worker's start."""
+    started = time.perf_counter()
+    yield
+    vars(worker).setdefault("_seconds", {})[part] = time.perf_counter() - started
 
+
+def _timed(part: str, method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
-        started = time.perf_counter()
-        result = method(self, *args, **kwargs)
-        vars(self).setdefault("_seconds", {})[part] = time.perf_counter() - started
-        return result
+        with watch(self, part):
+            return method(self, *args, **kwargs)
 
     return run
