@@ -6,15 +6,18 @@ tokenizer holds them as tokens is for that tokenizer to say. Without a folder: t
 
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from trimtab.environments.base import Message
+from trimtab.environments.base import Message, ToolCall
 from trimtab.rollout.formats.template import TemplateChat
 
-MARKS = re.compile(r"<[|｜][^<>'\"{}\s]+[|｜]>|</?[a-z_]+_of_[a-z_]+>|\[/?[A-Z_]{3,}\]|</?(?:think|tool_call)>")  # noqa: RUF001
+MARKS = re.compile(
+    r"<[|\uff5c]?[^<>'\"{}\s/=]+[|\uff5c]>|<\|[a-z_]+>|</?[a-z_]+_of_[a-z_]+>|\[/?[A-Z_]{3,}\]|</?(?:think|tool_call)>"
+)
 TOOL = {"name": "get", "description": "Get.", "parameters": {"type": "object", "properties": {"k": {"type": "string"}}}}
 MODES = {"plain": (False, False), "tools": (False, True), "thinking": (True, False), "both": (True, True)}
 
@@ -44,7 +47,12 @@ def try_mode(chat: TemplateChat, *, thinking: bool, tools: bool) -> None:
     system = (Message("system", "S", tools=(TOOL,)),) if tools else ()
     talk = chat.conversation((*system, Message("user", "Q")), thinking=thinking)
     talk.prompt_ids()
-    talk.add_sampled(chat.encode_assistant(Message("assistant", "A", "R" if thinking else ""), thinking=thinking))
+    said = Message("assistant", "", "R" if thinking else "", (ToolCall("get", {"k": "a"}),))
+    if tools:
+        talk.add_sampled(chat.encode_assistant(said, thinking=thinking))
+        talk.add([Message("tool", "5 <|im_end|>")])
+        talk.prompt_ids()
+    talk.add_sampled(chat.encode_assistant(replace(said, content="A", tool_calls=()), thinking=thinking))
     talk.add([Message("user", "Q2")])
     talk.prompt_ids()
 

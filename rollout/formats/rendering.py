@@ -52,7 +52,9 @@ class Rendering:
         tokens = {str(token): int(i) for i, token in tokenizer.added_tokens_decoder.items()}
         self.added = {text: i for text, i in tokens.items() if text.strip()}
         special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-        self.source = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
+        named = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
+        self.source = "\n".join(named.values()) or str(tokenizer.chat_template)
+        self._for_tools = "tool_use" if "tool_use" in named else None
         self._known = frozenset(tokenizer.get_vocab().values())
         self._special = tuple(filter(str.strip, special))
         self.reserve(())
@@ -119,11 +121,13 @@ class Rendering:
         records = to_openai(messages)
         tools = [_map(tool, self.data) for record in records for tool in record.pop("tools", ())]
         records = self._records(records, messages)
+        with_tools = bool(tools) or any(message.tool_calls for message in messages)
         try:
             text = str(
                 self._tokenizer.apply_chat_template(
                     records,
                     tools or None,
+                    chat_template=self._for_tools if with_tools else None,
                     add_generation_prompt=turn,
                     tokenize=False,
                     enable_thinking=thinking,
@@ -168,7 +172,9 @@ class Rendering:
         for i, call in enumerate(record["tool_calls"]):
             call["id"] = _call_id(count + i)
             if not self.habits.text_arguments:
-                call["function"]["arguments"] = _map(json.loads(call["function"]["arguments"]), partial(self.data, said=True))
+                call["function"]["arguments"] = _map(
+                    json.loads(call["function"]["arguments"]), partial(self.data, said=True)
+                )
 
 
 def _call_id(number: int) -> str:

@@ -235,9 +235,7 @@ def _read_fenced(body: str, schemas: Schemas) -> Calls:
     found = _FENCED.findall(body)
     if not found or _FENCED.sub("", body).strip():
         raise ValueError(f"broken calls: {body[:80]!r}")
-    return tuple(
-        _read_call({"name": name, "arguments": loads(text)}, "arguments", frozenset()) for name, text in found
-    )
+    return tuple(_read_call({"name": name, "arguments": loads(text)}, "arguments", frozenset()) for name, text in found)
 
 
 def _read_nothing(body: str, schemas: Schemas) -> Calls:

@@ -13,22 +13,14 @@ from pathlib import Path
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from trimtab.environments.base import Message, ToolCall
+from trimtab.environments.base import Message
 from trimtab.rollout.checkpoint import read_config, stop_ids
-from trimtab.rollout.formats.chat import SPECIAL_TOKENS, Chat, FormatError, MarkupError, check_turns, check_unicode
+from trimtab.rollout.formats.chat import SPECIAL_TOKENS, Chat, MarkupError, check_turns, check_unicode
 from trimtab.rollout.formats.openai_messages import dump_arguments
-from trimtab.rollout.formats.rendering import Habits, Rendering
+from trimtab.rollout.formats.probing import AGAIN, ASK, CALL, REASONING, RESULT, SAID, TOOL, anonymous, probe
+from trimtab.rollout.formats.rendering import Rendering
 from trimtab.rollout.formats.strict_json import dumps
-from trimtab.rollout.formats.syntax import PLAIN, PRESETS, Schemas, Syntax, find_syntax, parameter_schemas
-
-_ASK, _SAID, _AGAIN = Message("user", "probe one"), Message("assistant", "probe two"), Message("user", "probe three")
-_CALL = Message("assistant", tool_calls=(ToolCall("probe_four", {"probe": "probe five"}),))
-_RESULT, _REASONING = Message("tool", "probe six"), "probe seven"
-_TOOL = {
-    "name": "probe_four",
-    "description": "Probe.",
-    "parameters": {"type": "object", "properties": {"probe": {"type": "string", "description": "Probe."}}},
-}
+from trimtab.rollout.formats.syntax import Schemas, Syntax, find_syntax, parameter_schemas
 
 
 class TemplateChat(Rendering):
@@ -52,11 +44,9 @@ class TemplateChat(Rendering):
         vocabulary: int | None = None,
     ):
         super().__init__(tokenizer)
-        self.habits = self._find_habits()
-        self.eos = self.call_eos = self._find_end()
-        self.eos_id = self.added[self.eos]
-        self._faults: dict[str, str] = {}  # why a template has no calls, or no reasoning
-        self.syntax = self._with_thinking(self._find_calls(syntax), given=syntax is not None)
+        found = probe(self, syntax)
+        self.syntax, self._faults = found.syntax, found.faults
+        self.eos, self.call_eos, self.eos_id = found.end, found.call_end, self.added[found.end]
         marks = [mark for mark in self.syntax.marks if syntax or mark in self.added or mark in self.source]
         self.reserve((*marks, self.eos, self.call_eos))
         self.ends = {self.added[text]: text for text in (self.eos, self.call_eos)}
@@ -71,100 +61,21 @@ class TemplateChat(Rendering):
         self._empty = re.compile(opening + r"\s*" + closing + r"\n*")
         self._opening = re.compile(opening + r"\s*(?:" + closing + r"\s*)?\Z")
         self._verified: set[tuple[bool, bool]] = set()
-        self._lead = self._find_lead()
+        self._before, self._behind = self._find_spaces()
 
     @classmethod
     def load(cls, path: str | Path, syntax: Syntax | None = None) -> "TemplateChat":
         """The format over the tokenizer of a checkpoint folder."""
         return cls(AutoTokenizer.from_pretrained(path), syntax, stop_ids(path), _vocabulary(path))
 
-    def _find_habits(self) -> Habits:
-        for self.habits in (Habits(), Habits(parts=True)):
-            if _ASK.content in self.render((_ASK,), thinking=True, turn=True):
-                return self.habits
-        raise ValueError("the template leaves out what the user says, so it cannot be played")
-
-    def _find_end(self) -> str:
-        """The token that ends an answer. Some templates end only those that another message follows."""
-        text = self.render((_ASK, _SAID), thinking=True, turn=False)
-        if _SAID.content not in text:
-            raise ValueError("the template leaves out what the assistant says, so it cannot be played")
-        after = text.rpartition(_SAID.content)[2].strip()
-        if not after:
-            text = self.render((_ASK, _SAID, _AGAIN), thinking=True, turn=True)
-            after = text.rpartition(_SAID.content)[2].partition(_AGAIN.content)[0].strip()
-        end = max((token for token in self.added if after.startswith(token)), key=len, default="")
-        if not end:
-            raise ValueError(
-                f"the template ends a turn with {after[:40]!r}, which is no token of its own in this tokenizer, so no "
-                "turn would ever stop; add the token, or take the tokenizer that belongs to the template"
-            )
-        return end
-
-    def _find_calls(self, given: Syntax | None) -> Syntax:
-        """The syntax in which the template writes calls. Sets call_eos, and the habits that calls need."""
-        candidates = (given,) if given else tuple(PRESETS.values())
-        fault = ""
-        for text_arguments in (False, True):
-            self.habits = replace(self.habits, text_arguments=text_arguments)
-            try:
-                texts = [
-                    self.render((_ASK, _CALL), thinking=False, turn=False),
-                    self.render((_ASK, _CALL, _RESULT), thinking=False, turn=True).partition(_RESULT.content)[0],
-                ]
-            except FormatError as error:
-                fault = fault or str(error)
-                continue
-            if _TOOL["name"] not in texts[0]:
-                return self._written_by_us(candidates)
-            for syntax in candidates:
-                if (end := self._end_of_call(texts, syntax)) and _is_read(texts, end, syntax):
-                    self.call_eos = end
-                    return syntax
-            fault = "the template writes calls in a form that no preset of rollout/formats/syntax.py reads"
-        self.habits = replace(self.habits, text_arguments=False)
-        self._faults["tools"] = f"{fault}; give the syntax of its calls, or use no tools"
-        return given or PLAIN
-
-    def _end_of_call(self, texts: Sequence[str], syntax: Syntax) -> str:
-        """The first token behind the call that is no mark of the syntax."""
-        for text in texts:
-            tail = text.rpartition("probe five")[2]
-            found = [token for token in self.added if token in tail and token not in syntax.marks]
-            if found:
-                return min(found, key=lambda token: (tail.index(token), -len(token)))
-        return ""
-
-    def _written_by_us(self, candidates: Sequence[Syntax]) -> Syntax:
-        """The syntax whose marks the template or the tokenizer knows, for a template that leaves calls to us."""
-        known = [one for one in candidates if one.call_open in self.added or (one.call_open and one.call_open in self.source)]
-        if known or len(candidates) == 1:
-            syntax = (*known, *candidates)[0]
-            self.habits = replace(self.habits, write_calls=syntax.format_calls)
-            return syntax
-        self._faults["tools"] = "the template leaves out calls of tools; use no tools, or another template"
-        return PLAIN
-
-    def _with_thinking(self, syntax: Syntax, *, given: bool) -> Syntax:
-        """The syntax with the marks of reasoning that the template shows."""
-        prompt = self.render((_ASK,), thinking=True, turn=True)
-        text = self.render((_ASK, replace(_SAID, reasoning=_REASONING)), thinking=True, turn=False)
-        for one in (syntax, *(() if given else PRESETS.values())):
-            opened = prompt.rstrip().endswith(one.think_open)
-            if opened or (_REASONING in text and one.think_open in text and one.think_close in text):
-                return replace(syntax, think_open=one.think_open, think_close=one.think_close)
-        self._faults["thinking"] = (
-            f"the template shows no reasoning between {syntax.think_open!r} and {syntax.think_close!r}; set "
-            "thinking=False for this domain, or give the syntax of its reasoning"
-        )
-        return syntax
-
-    def _find_lead(self) -> str:
-        """The space that some templates write before an answer."""
-        prompt = self._opening.sub("", self.render((_ASK,), thinking=False, turn=True))
-        text = self.render((_ASK, _SAID), thinking=False, turn=False)
-        between = text.partition(_SAID.content)[0]
-        return " " if between.startswith(prompt) and between[len(prompt) :] == " " else ""
+    def _find_spaces(self) -> tuple[str, str]:
+        """The space that some templates write before an answer, and behind it."""
+        try:
+            said = self._turn(SAID, thinking=False)[1]
+        except ValueError:  # cannot be played without thinking, which verify says
+            return "", ""
+        before, _, behind = said.partition(SAID.content)
+        return (before, behind) if not (before + behind).strip(" ") else ("", "")
 
     def verify(self, *, thinking: bool, tools: bool = False) -> None:
         """Try what a domain asks of the template, once for each combination.
@@ -181,37 +92,34 @@ class TemplateChat(Rendering):
         asked = [what for what, is_asked in (("thinking", thinking), ("tools", tools)) if is_asked]
         if faults := [self._faults[what] for what in asked if what in self._faults]:
             raise ValueError(faults[0])
-        reasoning = _REASONING if thinking else ""
-        self._try(replace(_SAID, reasoning=reasoning), thinking=thinking)
-        self.render((_ASK, _SAID, _AGAIN), thinking=thinking, turn=True)
+        reasoning = REASONING if thinking else ""
+        self._try(replace(SAID, reasoning=reasoning), thinking=thinking)
+        self.render((ASK, SAID, AGAIN), thinking=thinking, turn=True)
         if tools:
-            said = replace(_CALL, reasoning=reasoning)
-            text = self.render((Message("system", "S", tools=(_TOOL,)), _ASK, said, _RESULT), thinking=thinking, turn=True)
-            if _RESULT.content not in text:
+            said = replace(CALL, reasoning=reasoning)
+            text = self.render((Message("system", "S", tools=(TOOL,)), ASK, said, RESULT), thinking=thinking, turn=True)
+            if RESULT.content not in text:
                 raise ValueError("the template leaves out the results of tools; use no tools, or another template")
             self._try(said, thinking=thinking)
         self._verified.add((thinking, tools))
 
     def _try(self, message: Message, *, thinking: bool) -> None:
         prompt, said, _ = self._turn(message, thinking=thinking)
-        self.is_opened(prompt, thinking=thinking)
-        before = said.partition(_SAID.content)[0] if not message.reasoning and not message.tool_calls else ""
+        opened = self.is_opened(prompt, thinking=thinking)
+        first = message.reasoning or message.content
+        before = said.partition(first)[0].replace(self.syntax.think_open, "") if first and not opened else ""
         if before.strip():
             raise ValueError(
-                f"the template writes {before.strip()!r} before an answer, which its prompt for a turn (it ends with "
-                f"{prompt[-40:]!r}) leaves to the policy; set thinking=True if it marks the answer behind reasoning, or "
-                "mend the template's add_generation_prompt"
+                f"the template writes {before.strip()!r} before an answer, which its prompt for a turn leaves to the "
+                "policy; set thinking=True if this marks an answer behind reasoning, or mend add_generation_prompt"
             )
         try:
             self.encode_assistant(message, thinking=thinking)
         except ValueError as error:  # about the probe, which users did not write
             what = "a call" if message.tool_calls else "an answer with reasoning" if thinking else "an answer"
-            shown = said
-            for probe in (_SAID.content, _REASONING, "probe_four", "probe five", "probe"):
-                shown = shown.replace(probe, "...")
             raise ValueError(
-                f"the template writes {what} as {shown.strip()!r:.200}, which the syntax {self.syntax.marks} does not "
-                "read; give the syntax that it uses"
+                f"the template writes {what} as {anonymous(said)!r:.200}, which the syntax with the marks "
+                f"{self.syntax.marks} does not read; give the syntax that it uses"
             ) from error
 
     def conversation(self, messages: Iterable[Message], *, thinking: bool) -> "TemplateConversation":
@@ -251,11 +159,12 @@ class TemplateChat(Rendering):
 
     def _turn(self, message: Message, *, thinking: bool) -> tuple[str, str, str]:
         """The prompt of a first turn, what a policy says there to say message, and the token that ends it."""
-        prompt = self.render((_ASK,), thinking=thinking, turn=True)
-        text = self.render((_ASK, message), thinking=thinking, turn=False)
+        prompt = self.render((ASK,), thinking=thinking, turn=True)
+        text = self.render((ASK, message), thinking=thinking, turn=False)
         begun = next((one for one in (prompt, self._opening.sub("", prompt)) if text.startswith(one)), None)
         if begun is None:
-            raise ValueError(f"the template asks for a turn with {prompt[-40:]!r} but does not begin turns so; mend it")
+            asked = prompt.rpartition(ASK.content)[2]
+            raise ValueError(f"the template asks for a turn with {asked!r} but does not begin turns so; mend it")
         said = text[len(begun) :]
         end = self.call_eos if message.tool_calls else self.eos
         said = said.partition(end)[0]
@@ -307,7 +216,7 @@ class TemplateChat(Rendering):
         if unknown := self.unknown(ids):
             raise ValueError(f"ids that the tokenizer lacks: {unknown}")
         if opened is None:
-            opened = self.is_opened(self.render((_ASK,), thinking=thinking, turn=True), thinking=thinking)
+            opened = self.is_opened(self.render((ASK,), thinking=thinking, turn=True), thinking=thinking)
         text = self.decode(ids[:-1])
         if "\ufffd" in text:
             raise ValueError(f"broken characters in {text[:80]!r}")
@@ -331,7 +240,7 @@ class TemplateChat(Rendering):
             reasoning, _, text = text.removeprefix(opening).partition(closing)
         unmarked = schemas is not None and not schemas and not self.syntax.call_open
         content, calls = (text, ()) if unmarked else self.syntax.split(text, schemas or {})
-        content = content.strip("\n").removeprefix(self._lead)
+        content = content.strip("\n").removeprefix(self._before).removesuffix(self._behind)
         return Message("assistant", content, reasoning.strip("\n"), calls)
 
     def after_turn(self, before: str, text: str, said: Message, end: str, schemas: Schemas) -> str | None:
@@ -358,25 +267,6 @@ class TemplateChat(Rendering):
             said, content=said.content.strip()
         )
         return text[match.end() :] if same else None
-
-
-def _is_read(texts: Sequence[str], end: str, syntax: Syntax) -> bool:
-    """Whether a syntax reads the probe's call back from one of the texts in which a template wrote it."""
-    for text in texts:
-        turn = text.rpartition(end)[0] if end in text.rpartition("probe five")[2] else ""
-        for begin in _begins(turn, syntax):
-            try:
-                if syntax.split(turn[begin:], {})[1] == _CALL.tool_calls:
-                    return True
-            except ValueError:  # another syntax
-                continue
-    return False
-
-
-def _begins(turn: str, syntax: Syntax) -> list[int]:
-    """Where in the text a call can begin."""
-    call = turn.rfind("probe_four")
-    return [turn.rfind(syntax.call_open, 0, call)] if syntax.call_open else [turn.rfind("{", 0, call)]
 
 
 def _texts(message: Message) -> list[str]:
@@ -416,8 +306,14 @@ class TemplateConversation:
         Raises:
             ValueError: a call without a result, or a template that refuses the messages.
         """
-        text, ids, after = self._prompt()
-        return (*ids, *self._chat.encode(after))
+        _, ids, after = self._prompt()
+        return (*ids, *self._behind(ids, after))
+
+    def _behind(self, ids: tuple[int, ...], text: str) -> tuple[int, ...]:
+        """Ids of text as the tokenizer writes it behind ids: some begin every text of its own with a space."""
+        if not ids:
+            return self._chat.encode(text)
+        return self._chat.encode(self._chat.ends[ids[-1]] + text)[1:]
 
     def _prompt(self) -> tuple[str, tuple[int, ...], str]:
         """The template's text, what of the prompt is known as ids, and the text behind it."""
@@ -462,7 +358,7 @@ class TemplateConversation:
         if message.tool_calls:
             chat.render((*self.messages, message), thinking=self._thinking, turn=False)
         self._seen_text = (self._seen_text if seen else "") + after + chat.decode(ids)
-        self._seen_ids, self._asked = (*seen, *chat.encode(after), *ids), asked
+        self._seen_ids, self._asked = (*seen, *self._behind(seen, after), *ids), asked
         self.messages += (message,)
         self._seen = len(self.messages)
         return message
