@@ -155,6 +155,7 @@ class Policy(nn.Module):
         ids_N: Tensor,
         cu_seqlens: Tensor,
         *,
+        lengths: Sequence[int] | None = None,
         routes_NLK: Tensor | None = None,
         dense_attention: bool = False,
         with_indexer_kl: bool = False,
@@ -219,10 +220,10 @@ class Policy(nn.Module):
         half = cos.shape[-1] // 2
         return cos[:, :half], sin[:, :half]
 
-    def save(self, path: Path | str) -> None:
-        """Write a checkpoint that transformers and vLLM load."""
+    def save(self, path: Path | str, weights: dict[str, Tensor] | None = None) -> None:
+        """Write a checkpoint that transformers and vLLM load, of these weights or of its own."""
         with _no_progress_bars():
-            self.model.save_pretrained(path)
+            self.model.save_pretrained(path, state_dict=weights)
 
 
 def check_checkpoint(path: Path | str) -> str:
