@@ -4,7 +4,7 @@ Nothing is padded and no [N, N] tensor of numbers exists. Shape suffixes: N = to
 width, C = latent width, R = rotary width, V = value width, K = selected keys.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from itertools import groupby
 from typing import Any
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from trimtab.grpo.policy.attention import Attend, Index, Latents, Part, lengths_of
+from trimtab.grpo.policy.attention import Attend, Index, Latents
+from trimtab.grpo.policy.parts import Part
 from trimtab.kernels import reference
 from trimtab.kernels.indexer import index_topk, selected_scores
 from trimtab.kernels.indexer_kl import dense_indexer_kl, sparse_prob
@@ -43,10 +44,12 @@ class Span(Part):
         return torch.arange(1, self.tokens + 1, dtype=torch.int32, device=self.device)
 
 
-def spans_of(cu_seqlens: Tensor, topk: int, choose: Callable[[int, int], Attend]) -> list[Span]:
-    """Cut a pack where the form of attention changes. Raises what lengths_of does."""
-    runs = groupby(lengths_of(cu_seqlens), key=lambda length: choose(length, topk))
-    return [Span(tuple(run), cu_seqlens.device) for _, run in runs]
+def spans_of(
+    lengths: Sequence[int], device: torch.device, topk: int, choose: Callable[[int, int], Attend]
+) -> list[Span]:
+    """Cut a pack where the form of attention changes."""
+    runs = groupby(lengths, key=lambda length: choose(length, topk))
+    return [Span(tuple(run), device) for _, run in runs]
 
 
 def attend_masked(
