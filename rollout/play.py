@@ -195,6 +195,17 @@ class _Attempt:
         )
 
 
+def recorded(name: str, prompt: tuple[int, ...], completion: Completion) -> Segment:
+    """One prompt and its completion as a segment.
+
+    Raises:
+        RecordingError: the recording is incomplete.
+    """
+    track = _Track()
+    track.add(prompt, completion)
+    return track.segment(name)
+
+
 def _call(call: ToolCall) -> str:
     return json.dumps({"name": call.name, "arguments": dict(call.arguments)}, ensure_ascii=False)
 
