@@ -244,6 +244,12 @@ class Cost:
         shared = self.moe_layers * (self.expert * c.get("n_shared_experts", 1) + D * c["n_routed_experts"])
         return self.layers * (queries + keys + rest) + mlp + shared
 
+    @property
+    def parameters(self) -> int:
+        """All parameters, norms left out."""
+        embeddings = self.head * (1 if self.config.get("tie_word_embeddings") else 2)
+        return self.shared + embeddings + self.moe_layers * self.config.get("n_routed_experts", 0) * self.expert
+
     def forward_flops(self, length: int) -> float:
         """FLOPs of one forward pass over a sequence, the head left out; attention over the keys that it has to see."""
         c = self.config
