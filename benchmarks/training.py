@@ -1,4 +1,4 @@
-"""The trainer alone on recorded trajectories, the whole RL loss: KL to a reference, kept sets, routes where there are any.
+"""The trainer alone on recorded trajectories, the whole RL loss: KL to a reference, kept sets, replayed routes.
 
     python benchmarks/training.py             the three rows, about four minutes
     python benchmarks/training.py qwen3-16k   Qwen3-0.6B's shape, 4 sequences of 16K tokens; qwen3-64k: 2 of 64K
@@ -6,8 +6,8 @@
     --no-recompute: keep activations; --quick: one batch after one; --batches N
 
 Every row is a process of its own; the figure is the median batch. MFU counts what the update needs, once: forward and
-backward pass of the policy, forward pass of the reference, logits of sampled tokens alone. Floor: that arithmetic at the
-data sheet's rate, and the optimiser's traffic of 28 bytes a parameter at its bandwidth. GiB: the most that torch
+backward pass of the policy, forward pass of the reference, logits of sampled tokens alone. Floor: that arithmetic at
+the data sheet's rate, and the optimiser's traffic of 28 bytes a parameter at its bandwidth. GiB: the most that torch
 allocated. Published: prime-rl's own figures for Qwen3-0.6B, of its hardware and its loss, not measured here.
 """
 
