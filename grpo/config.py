@@ -50,6 +50,12 @@ def _load_file(file: Path) -> ModuleType:
     return sys.modules[key]
 
 
+def resolved(value: int | None) -> int:
+    """A setting that grpo/resolve.py has filled in."""
+    assert value is not None, "a configuration plays and trains once it is resolved"
+    return value
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LossSettings:
     """The GRPO objective of one domain."""
@@ -97,10 +103,10 @@ class Domain:
     length: Literal["overlong", "relative", "kimi"] = "overlong"
     """How the reward part `length` comes from the sampled tokens of an episode: beyond a limit, or relative to its
     group, where an episode is correct if its score part is at least 1 (rewards/length.py)."""
-    length_soft: int = 96
-    """Sampled tokens above which an overlong episode falls below 0 ..."""
-    length_hard: int = 192
-    """... and at which it reaches -1."""
+    length_soft: int | None = None
+    """Sampled tokens above which an overlong episode falls below 0 (None: three quarters of length_hard) ..."""
+    length_hard: int | None = None
+    """... and at which it reaches -1 (None: what an episode may sample: the turn's limit, or the window)."""
     thinking: bool = True
     """The policy reasons before it answers."""
     context: ContextPolicy = field(default_factory=ContextPolicy)
@@ -112,9 +118,11 @@ class Domain:
             raise ValueError(f"prompts must be at least 1, got {self.prompts}")
         if self.max_turns < 1:
             raise ValueError(f"max_turns must be at least 1, got {self.max_turns}")
-        if not 0 < self.length_soft < self.length_hard:
-            raise ValueError(f"length_soft must lie in (0, length_hard), got {self.length_soft} of {self.length_hard}")
-
+        soft, hard = self.length_soft, self.length_hard
+        if soft is not None and not 0 < soft < (math.inf if hard is None else hard):
+            raise ValueError(f"length_soft must lie in (0, length_hard), got {soft} of {hard}")
+        if hard is not None and hard < 1:
+            raise ValueError(f"length_hard must be at least 1, got {hard}")
         if "length" in {*self.group_rewards, *self.process_rewards}:
             raise ValueError("the reward part 'length' is the length penalty's; give yours another name")
         if both := self.group_rewards.keys() & self.process_rewards.keys():
@@ -188,22 +196,46 @@ class ColdStart:
 class Rollout:
     """The engines that sample."""
 
-    actors: int = 2
+    actors: int = 1
     """Ray actors, each with its own vLLM engine."""
     gpus_per_actor: float | None = None
     """Share of a GPU each engine reserves; None: an equal share, beside the trainer; none on a CPU."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    max_len: int = 512
-    """Longest context in tokens."""
-    kv_cache_mib: int = 256
-    """Memory of one engine's key-value cache."""
-    max_num_seqs: int = 128
+    max_len: int | None = None
+    """Longest context in tokens; None: as many as the model has positions, at most 8192."""
+    kv_cache_mib: int | None = None
+    """Memory of one engine's key-value cache; None: what its sequences can use, as far as the ledger leaves room."""
+    max_num_seqs: int = 256
     """Sequences one engine decodes together."""
+    graphs: bool | None = None
+    """Decode in CUDA graphs; None: on a GPU."""
+    sleep: bool | None = None
+    """Engines leave the GPU while the policy trains; None: where the ledger says that both do not fit."""
 
     def __post_init__(self) -> None:
         for name in ("actors", "max_len", "kv_cache_mib", "max_num_seqs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"rollout.{name} must be at least 1, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"rollout.{name} must be at least 1, got {value}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Lora:
+    """Low-rank adapters in place of all weights [LoRA, arXiv 2106.09685]."""
+
+    rank: int = 0
+    """Rank of the update; 0 trains all weights."""
+    alpha: float = 32.0
+    """The update is scaled by alpha / rank."""
+    targets: tuple[str, ...] = ("all-linear",)
+    """Names of the linear layers that get adapters, such as q_proj; all-linear: every one but the head."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 0:
+            raise ValueError(f"lora.rank must be 0 (off) or more, got {self.rank}")
+        if not self.alpha > 0:
+            raise ValueError(f"lora.alpha must be above 0, got {self.alpha}")
+        if not self.targets:
+            raise ValueError("lora.targets is empty; name layers such as q_proj, or all-linear")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -241,7 +273,11 @@ class Config:
     out: str = ""
     """Folder of the run; empty: runs/RECIPE-DATE-TIME."""
     model: str = ""
-    """Checkpoint folder (transformers format) to start from; empty: the cold start makes one, once."""
+    """What to start from: a checkpoint folder (transformers format), a .gguf file, or a name on the model hub; empty:
+    the cold start makes one, once."""
+    syntax: str = ""
+    """How the model writes calls and reasoning: a preset of rollout/formats/syntax.py, or path.py:name of a Syntax;
+    empty: as its chat template shows."""
     judge: Judge = field(default_factory=Judge)
     cold_start: ColdStart = field(default_factory=ColdStart)
     rollout: Rollout = field(default_factory=Rollout)
@@ -253,7 +289,12 @@ class Config:
     minibatches: int = 4
     """Optimiser steps a rollout batch: from the second on, the data is off-policy."""
     tokens_per_microbatch: int = 8192
-    lr: float = 3e-4
+    precision: Literal["bf16", "fp32"] | None = None
+    """What trainer and engines compute in; weights and optimiser stay in fp32. None: bf16 on a GPU, fp32 on a CPU."""
+    lora: Lora = field(default_factory=Lora)
+    offload: Literal["none", "reference", "optimizer", "all"] = "none"
+    """What rests in host memory while it is not needed."""
+    lr: float = 1e-6
     warmup_steps: int = 2
     """Rollout batches over which the learning rate rises to lr."""
     lr_end_share: float = 0.1

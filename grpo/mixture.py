@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from trimtab.environments.base import Env, Task
-from trimtab.grpo.config import Config, Domain
+from trimtab.grpo.config import Config, Domain, resolved
 from trimtab.rewards.length import by_group, kimi_length_rewards, overlong_penalty, relative_penalties
 from trimtab.rewards.types import Answer, GroupReward
 from trimtab.rollout import play
@@ -110,7 +110,7 @@ def rules(config: Config, domain: Domain) -> play.Rules:
     """
     return play.Rules(
         sampling=config.sampling,
-        max_len=config.rollout.max_len,
+        max_len=resolved(config.rollout.max_len),
         weigh=partial(weigh, domain),
         group_rewards={"length": length_reward(domain), **domain.load_group_rewards()},
         process_rewards=domain.load_process_rewards(),
@@ -123,7 +123,7 @@ def rules(config: Config, domain: Domain) -> play.Rules:
 def length_reward(domain: Domain) -> GroupReward:
     """The part "length" of a group; an episode that never earned the score part counts as wrong."""
     if domain.length == "overlong":
-        penalty = partial(overlong_penalty, soft=domain.length_soft, hard=domain.length_hard)
+        penalty = partial(overlong_penalty, soft=resolved(domain.length_soft), hard=resolved(domain.length_hard))
         return lambda answers: [penalty(answer.length) for answer in answers]
     form = relative_penalties if domain.length == "relative" else kimi_length_rewards
     compared = by_group(form, part=domain.score)

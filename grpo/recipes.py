@@ -2,12 +2,17 @@
 
 from collections.abc import Callable
 
-from trimtab.grpo.config import Config, Domain, LossSettings, load
+from trimtab.grpo.config import Config, Domain, LossSettings, Rollout, load
+from trimtab.rollout.types import Sampling
 
 
 def quickstart() -> Config:
     """From random weights to a mixed GRPO run over three domains, in ten minutes on two CPU cores."""
     return Config(
+        precision="fp32",  # engine and trainer agree to the last digits, on a GPU too
+        lr=3e-4,
+        rollout=Rollout(actors=2, max_len=512, kv_cache_mib=256, max_num_seqs=128),
+        sampling=Sampling(max_tokens=128),
         domains={
             "reasoning": Domain(
                 task="trimtab.environments.tasks.reasoning:ReasoningTask",
@@ -15,12 +20,16 @@ def quickstart() -> Config:
                 prompts=12,
                 weights={"outcome": 1.0, "language": 0.3, "length": 0.2},
                 loss=LossSettings(beta=0.02),
+                length_soft=96,
+                length_hard=192,
             ),
             "agent": Domain(
                 task="trimtab.environments.tasks.agent:AgentTask",
                 demonstrations=0.6,
                 weights={"outcome": 1.0, "length": 0.2},
                 loss=LossSettings(beta=0.01),
+                length_soft=96,
+                length_hard=192,
             ),
             "alignment": Domain(
                 task="trimtab.environments.tasks.alignment:AlignmentTask",
@@ -29,6 +38,8 @@ def quickstart() -> Config:
                 weights={"rubric": 1.0, "language": 0.3, "length": 0.2},
                 loss=LossSettings(beta=0.03),
                 thinking=False,
+                length_soft=96,
+                length_hard=192,
             ),
         },
     )

@@ -20,14 +20,15 @@ from rich.console import Console
 
 from trimtab.grpo import services
 from trimtab.grpo.batch import trajectories
-from trimtab.grpo.config import Config
+from trimtab.grpo.config import Config, resolved
 from trimtab.grpo.display import LiveTable, held_out_table
 from trimtab.grpo.mixture import Draw, PlayedBatch, draw_held_out, draw_step, load_tasks, part_means, play_draws, scores
 from trimtab.grpo.policy.policy import check_checkpoint, load_policy
+from trimtab.grpo.resolve import resolve
 from trimtab.grpo.run import RunFolder, replace_text, step_of_checkpoint
 from trimtab.grpo.stages.cold_start import cold_start
 from trimtab.grpo.trainer import Trainer
-from trimtab.rollout.engine.engine import EngineConfig
+from trimtab.rollout.engine.engine import EngineConfig, read_config
 from trimtab.rollout.engine.pool import Pool, gpu_share
 from trimtab.rollout.formats.template import load_format
 
@@ -43,6 +44,8 @@ def prepare(config: Config, path: Path, *, resume: bool) -> "Run":
     """
     for checkpoint in filter(None, (config.model, config.judge.checkpoint)):
         check_checkpoint(Path(checkpoint))
+    shape = read_config(config.model) if config.model else {}
+    config = resolve(config, shape, gpu=torch.cuda.is_available())
     load_tasks(config, **dict.fromkeys(services.SERVICES))
     services.check(config)
     for checkpoint in filter(None, (config.model, config.judge.checkpoint)):
@@ -170,9 +173,9 @@ def engine_config(config: Config, model: str) -> EngineConfig:
     rollout = config.rollout
     return EngineConfig(
         model=model,
-        dtype=rollout.dtype,
-        max_model_len=rollout.max_len,
-        kv_cache_bytes=rollout.kv_cache_mib * 2**20,
+        dtype={"bf16": "bfloat16", "fp32": "float32"}[config.precision or "fp32"],
+        max_model_len=resolved(rollout.max_len),
+        kv_cache_bytes=(rollout.kv_cache_mib or 256) * 2**20,
         max_num_seqs=rollout.max_num_seqs,
         seed=config.seed,
     )

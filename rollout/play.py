@@ -195,13 +195,25 @@ class _Attempt:
         )
 
 
+def recorded(name: str, prompt: tuple[int, ...], completion: Completion) -> Segment:
+    """One prompt and its completion as a segment.
+
+    Raises:
+        RecordingError: the recording is incomplete.
+    """
+    track = _Track()
+    track.add(prompt, completion)
+    return track.segment(name)
+
+
 def _call(call: ToolCall) -> str:
     return json.dumps({"name": call.name, "arguments": dict(call.arguments)}, ensure_ascii=False)
 
 
 def _within(rules: Rules, prompt: tuple[int, ...]) -> Sampling:
     """The domain's sampling, cut to the tokens that are left behind prompt."""
-    return replace(rules.sampling, max_tokens=min(rules.sampling.max_tokens, rules.max_len - len(prompt)))
+    room = rules.max_len - len(prompt)
+    return replace(rules.sampling, max_tokens=min(rules.sampling.max_tokens or room, room))
 
 
 def _seed(*parts: object) -> int:

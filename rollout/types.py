@@ -23,8 +23,8 @@ class Sampling:
     temperature: float = 1.0
     top_p: float = 0.95
     top_k: int = 64
-    max_tokens: int = 128
-    """Sampled tokens of one turn, at most."""
+    max_tokens: int | None = None
+    """Sampled tokens of one turn, at most; None: what the window leaves."""
 
     def __post_init__(self) -> None:
         if not 0 < self.temperature <= 2:
@@ -33,7 +33,7 @@ class Sampling:
             raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
         if self.top_k < 1:
             raise ValueError(f"top_k must be at least 1 (it bounds the kept set), got {self.top_k}")
-        if self.max_tokens < 1:
+        if self.max_tokens is not None and self.max_tokens < 1:
             raise ValueError(f"max_tokens must be at least 1, got {self.max_tokens}")
 
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from trimtab.grpo.config import ColdStart, Config, Domain, LossSettings, Rollout, load
+from trimtab.grpo.config import ColdStart, Config, Domain, Lora, LossSettings, Rollout, load
 from trimtab.grpo.recipes import RECIPES, find_recipe
 from trimtab.rollout.types import Sampling
 
@@ -33,6 +33,8 @@ def test_a_recipe_survives_being_saved_and_loaded(name, tmp_path):
         (lambda: LossSettings(clip_low=0.0), "clip_low must"),
         (lambda: Domain(task="x:y", prompts=0), "prompts must be at least 1"),
         (lambda: Domain(task="x:y", length_soft=9, length_hard=9), "length_soft must lie"),
+        (lambda: Lora(rank=-1), "lora.rank must be"),
+        (lambda: Lora(targets=()), "lora.targets is empty"),
         (lambda: Domain(task="x:y", max_turns=0), "max_turns must be at least 1"),
         (lambda: Domain(task="x:y", process_rewards={"length": "x:y"}), "'length' is the length penalty's"),
         (lambda: Domain(task="x:y", group_rewards={"a": "x:y"}, process_rewards={"a": "x:y"}), "'a' is a group's and"),

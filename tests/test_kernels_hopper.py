@@ -14,7 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
 
 module, name, *constants = sys.argv[1:]
-kernel = getattr(import_module(f"trimtab.kernels.{module}"), name)
+kernel = getattr(import_module(f"trimtab.kernels.hopper.{module}"), name)
 constants = {key: int(value) for key, value in (constant.split("=") for constant in constants)}
 float32 = {"lse_ptr", "delta_ptr"}
 
@@ -45,9 +45,9 @@ SHARED_MEMORY = 227 * 1024
 @pytest.mark.parametrize(
     "kernel",
     [
-        "sparse_mla_hopper _forward_kernel K_PADDED=2048",
-        "sparse_mla_hopper_backward _gradient_kernel K_PADDED=2048",
-        "sparse_mla_hopper_backward _row_kernel K_PADDED=2048 BLOCK_H=128 WIDTH=128 DEPTH=2",
+        "sparse_mla _forward_kernel K_PADDED=2048",
+        "sparse_mla_backward _gradient_kernel K_PADDED=2048",
+        "sparse_mla_backward _row_kernel K_PADDED=2048 BLOCK_H=128 WIDTH=128 DEPTH=2",
         "sparse_mla_few_heads _forward_kernel K_PADDED=2048 BLOCK_H=32",
         "sparse_mla_few_heads _gradient_kernel K_PADDED=2048 BLOCK_H=32",
     ],

@@ -9,6 +9,7 @@ from typing import Any
 from trimtab.environments.base import Message
 from trimtab.grpo.config import Config
 from trimtab.grpo.mixture import draw_step, load_tasks, play_draws
+from trimtab.grpo.resolve import with_lengths
 from trimtab.rollout.scripted import Say, Scripted, byte_chat
 from trimtab.rollout.types import Episode, Group
 
@@ -28,11 +29,13 @@ def preview(
     Raises:
         ValueError: an import path leads nowhere, fewer than two episodes of a group could be scored.
     """
-    config = replace(
-        config,
-        domains={name: replace(domain, prompts=1) for name, domain in config.domains.items()},
-        rollout=replace(config.rollout, max_len=max_len),
-        sampling=replace(config.sampling, max_tokens=MAX_TOKENS),
+    config = with_lengths(
+        replace(
+            config,
+            domains={name: replace(domain, prompts=1) for name, domain in config.domains.items()},
+            rollout=replace(config.rollout, max_len=max_len),
+            sampling=replace(config.sampling, max_tokens=MAX_TOKENS),
+        )
     )
     chat = byte_chat()
     draws = draw_step(config, load_tasks(config, **services), step=0)

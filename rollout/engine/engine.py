@@ -162,7 +162,7 @@ class Engine:
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             top_k=sampling.top_k,
-            max_tokens=min(sampling.max_tokens, room),
+            max_tokens=min(sampling.max_tokens or room, room),
             seed=request.seed,
             logprobs=0,
             flat_logprobs=True,
