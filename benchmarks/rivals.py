@@ -35,8 +35,8 @@ START_LIMIT_S = 240.0
 TRIMTAB = "import sys; from trimtab.grpo.commands.cli import main; sys.exit(main())"
 PARTS = {
     "generation": ("rollout", "rewards"),
-    "weights": ("weights", "sync", "wake and sleep"),
-    "update": ("train", "packing", "reference", "forward and backward", "optimiser"),
+    "weights": ("weights", "wake_and_sleep"),
+    "update": ("packing", "reference", "forward_and_backward", "optimiser"),
 }
 """Which phases of metrics.jsonl make up a part."""
 
@@ -152,13 +152,8 @@ def trimtab(size: Size, batches: int, log: Path) -> Iterator[dict[str, float]]:
 
 def _row(metrics: dict[str, Any]) -> dict[str, float]:
     """A line of metrics.jsonl as a row: the phases that make up each part."""
-    parts = {part: sum(_phase(metrics, name) for name in names) for part, names in PARTS.items()}
+    parts = {part: sum(metrics.get(f"seconds/{name}", 0.0) for name in names) for part, names in PARTS.items()}
     return {"batch": metrics["seconds"], "tokens": metrics["sampled_tokens"], **parts}
-
-
-def _phase(metrics: dict[str, Any], name: str) -> float:
-    keys = (f"seconds_{name}", f"seconds/{name}", f"seconds_{name.replace(' ', '_')}")
-    return next((float(metrics[key]) for key in keys if key in metrics), 0.0)
 
 
 def trl(size: Size, batches: int, log: Path, *, dtype: str = "float32", liger: bool = False) -> Iterator[dict]:
