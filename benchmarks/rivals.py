@@ -31,7 +31,7 @@ import psutil
 from shapes import Card, Cost, card, checkpoint, used_gib
 
 HERE = Path(__file__).resolve().parent
-START_LIMIT_S = 240.0
+START_LIMIT_S = 300.0
 TRIMTAB = "import sys; from trimtab.grpo.commands.cli import main; sys.exit(main())"
 PARTS = {
     "generation": ("rollout", "rewards"),
@@ -159,7 +159,7 @@ def _row(metrics: dict[str, Any]) -> dict[str, float]:
 def trl(size: Size, batches: int, log: Path, *, dtype: str = "float32", liger: bool = False) -> Iterator[dict]:
     """TRL in a process; it has half as many sequences at a time, and at last recomputes, where memory did not reach."""
     weights_gib = 2 * Cost.of(size.folder).parameters / 2**30
-    share = min(0.6, (weights_gib + size.cache_gib + 5) / 80)
+    share = min(0.6, (weights_gib + size.cache_gib + 5) / card().gib)
     settings = {
         "model": str(size.folder),
         "real": size.model is not None,
@@ -177,6 +177,8 @@ def trl(size: Size, batches: int, log: Path, *, dtype: str = "float32", liger: b
     for attempt in ({}, {"micro": size.micro // 2}, {"checkpointing": True}):
         command = [sys.executable, str(HERE / "rivals_trl.py"), json.dumps(settings | attempt)]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log.open("a"), env=environment(), text=True)
+        limit = threading.Timer(2 * START_LIMIT_S, process.kill)
+        limit.start()
         try:
             assert process.stdout
             for line in process.stdout:
@@ -185,6 +187,7 @@ def trl(size: Size, batches: int, log: Path, *, dtype: str = "float32", liger: b
             if process.wait() == 0:
                 return
         finally:
+            limit.cancel()
             _stop(process)
         words = _last_words(log)
         if "OutOfMemory" not in words and "out of memory" not in words:

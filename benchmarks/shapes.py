@@ -105,11 +105,12 @@ SHAPES |= {
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """A GPU's name and what its data sheet promises: dense bf16 FLOP/s, bytes/s of its memory."""
+    """A GPU's name and what its data sheet promises: dense bf16 FLOP/s, bytes/s of its memory, its GiB."""
 
     name: str
     flops: float
     bandwidth: float
+    gib: float
 
 
 def card() -> Card:
@@ -118,8 +119,10 @@ def card() -> Card:
         query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
         name = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0].strip()
     except (OSError, subprocess.CalledProcessError, IndexError):
-        return Card("CPU (no figure of it means anything)", 1e11, 1e10)
-    return Card(name, 989e12, 4.8e12 if "H200" in name else 3.35e12)
+        return Card("CPU (no figure of it means anything)", 1e11, 1e10, 16.0)
+    if "H200" in name:
+        return Card(name, 989e12, 4.8e12, 140.0)
+    return Card(name, 989e12, 3.35e12, 79.6)
 
 
 def used_gib() -> float:

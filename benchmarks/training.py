@@ -5,10 +5,10 @@
     python benchmarks/training.py dsa         DSA + MoE of 1.6 B, 32 trajectories of 5.6K tokens, two optimiser steps
     --no-recompute: keep activations; --quick: one batch after one; --batches N
 
-Every row is a process of its own; the figure is the median batch. MFU counts what the update needs, once: forward and
-backward pass of the policy, forward pass of the reference, logits of sampled tokens alone. Floor: that arithmetic at
-the data sheet's rate, and the optimiser's traffic of 28 bytes a parameter at its bandwidth. GiB: the most that torch
-allocated. Published: prime-rl's own figures for Qwen3-0.6B, of its hardware and its loss, not measured here.
+Every row is a process of its own, in bf16 on a GPU; the figure is the median batch. MFU counts what the update needs
+once: the policy forward and backward, the reference forward, logits of sampled tokens alone. Floor: that
+arithmetic at the data sheet's rate, and the optimiser's traffic of 28 bytes a parameter at its bandwidth. GiB: the most
+that torch allocated. Published: prime-rl's figures for Qwen3-0.6B, of its hardware and its loss, not measured here.
 """
 
 import argparse
@@ -169,7 +169,7 @@ def main() -> None:
         return
     hardware = card()
     kept = "activations kept" if options.no_recompute else "activations recomputed"
-    print(f"{hardware.name}, bf16, {kept}\n")
+    print(f"{hardware.name}, {kept}\n")
     print("| shape        | sequences    | batch s |    tok/s |   MFU |   GiB | floor s | published")
     print("| ------------ | ------------ | ------- | -------- | ----- | ----- | ------- | ---------")
     names = options.rows or [name for name in ROWS if name.startswith("tiny") == options.tiny]
