@@ -75,9 +75,10 @@ QWEN_REST = {
     "tie_word_embeddings": True,
 }
 TINY = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3}
+TINY_HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}  # vLLM has no narrower ones on a CPU
 SHAPES |= {
-    "tiny-llama": ("Llama", {**TINY, "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}),
-    "tiny-qwen3": ("Qwen3", {**TINY, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}),
+    "tiny-llama": ("Llama", {**TINY, **TINY_HEADS, "tie_word_embeddings": True}),
+    "tiny-qwen3": ("Qwen3", {**TINY, **TINY_HEADS}),
     "tiny-dsa": (
         "DeepseekV32",
         {
