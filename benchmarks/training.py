@@ -17,7 +17,7 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -94,17 +94,15 @@ def work(job: dict[str, Any]) -> None:
 
     gpu, row, folder = torch.cuda.is_available(), Row(**job["row"]), Path(job["folder"])
     loss = LossSettings(beta=0.001, delta=None)
-    options = {
-        "domains": {"any": Domain(task="x:y", loss=loss)},
-        "model": str(folder),
-        "tokens_per_microbatch": row.pack,
-        "minibatches": row.minibatches,
-        "checkpoint_activations": job["recompute"],
-        "precision": "bf16" if gpu else "fp32",
-        "lr": 1e-6,
-    }
-    known = {field.name for field in fields(Config)}
-    config = Config(**{key: value for key, value in options.items() if key in known})
+    config = Config(
+        domains={"any": Domain(task="x:y", loss=loss)},
+        model=str(folder),
+        tokens_per_microbatch=row.pack,
+        minibatches=row.minibatches,
+        checkpoint_activations=job["recompute"],
+        precision="bf16" if gpu else "fp32",
+        lr=1e-6,
+    )
     policy = load_policy(folder, checkpointing=job["recompute"])
     frozen = load_policy(folder).requires_grad_(False)
     trainer = Trainer(config, policy, frozen, Accelerator(cpu=not gpu))
