@@ -6,7 +6,7 @@
     --no-recompute: keep activations; --quick: one batch after one; --batches N
 
 Every row is a process of its own, in bf16 on a GPU; the figure is the median batch. MFU counts what the update needs
-once: the policy forward and backward, the reference forward, logits of sampled tokens alone. Floor: that
+once: the policy forward and backward, the reference forward, logits of kept ids alone. Floor: that
 arithmetic at the data sheet's rate, and the optimiser's traffic of 28 bytes a parameter at its bandwidth. GiB: the most
 that torch allocated. Published: prime-rl's figures for Qwen3-0.6B, of its hardware and its loss, not measured here.
 """
@@ -143,7 +143,7 @@ def run(row: Row, batches: int, *, recompute: bool) -> tuple[list[dict[str, floa
 
 def line(row: Row, found: list[dict[str, float]], hardware: Card) -> str:
     cost, tokens = Cost.of(checkpoint(row.shape)), row.sequences * row.length
-    flops = row.sequences * cost.update_flops(row.length, row.length - row.prompt)
+    flops = row.sequences * cost.update_flops(row.length, 8 * (row.length - row.prompt))
     seconds = median(one["seconds"] for one in found)
     floor = flops / hardware.flops + row.minibatches * 28 * cost.parameters / hardware.bandwidth
     return (
