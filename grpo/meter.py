@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from trimtab.grpo.batch import Trajectory
+from trimtab.grpo import clock
 from trimtab.grpo.clock import Clock
 from trimtab.grpo.config import Config
 from trimtab.grpo.flops import Work, forward, mfu, training
@@ -20,8 +21,8 @@ GIB = 2**30
 class Meter:
     """Turns a clock's phases into metrics, batch by batch."""
 
-    def __init__(self, config: Config, clock: Clock):
-        self._config, self._clock = config, clock
+    def __init__(self, config: Config, phases: Clock):
+        self._config, self._clock = config, phases
         self._shape = shape_of(read_config(config.model))
         self._started = 0.0
 
@@ -35,7 +36,7 @@ class Meter:
     def metrics(self, metrics: Mapping[str, Any], batch: Sequence[Trajectory]) -> dict[str, Any]:
         """What the batch that began with `start` cost until now."""
         seconds = self._clock.seconds()
-        found: dict[str, Any] = {f"seconds/{phase.replace(' ', '_')}": value for phase, value in seconds.items()}
+        found: dict[str, Any] = dict(clock.metrics(seconds))
         found["seconds"] = time.perf_counter() - self._started
         if rollout := seconds.get("rollout"):
             found["tokens_per_s/rollout"] = metrics["sampled_tokens"] / rollout

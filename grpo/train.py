@@ -23,6 +23,7 @@ from trimtab.grpo.ledger import Plan
 from trimtab.grpo.meter import Meter
 from trimtab.grpo.mixture import PlayedBatch, draw_held_out, draw_step, part_means, scores
 from trimtab.grpo.players import Players
+from trimtab.grpo.policy.lora import adapt
 from trimtab.grpo.policy.policy import Policy, load_policy
 from trimtab.grpo.prepare import complete
 from trimtab.grpo.run import RunFolder, replace_text, step_of_checkpoint
