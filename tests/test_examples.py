@@ -10,6 +10,7 @@ import pytest
 from trimtab.grpo.config import Config
 from trimtab.grpo.mixture import load_tasks
 from trimtab.grpo.recipes import find_recipe
+from trimtab.grpo.resolve import resolve
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"), key=lambda path: path.name)
@@ -35,4 +36,4 @@ def test_an_example_is_short_and_runs(path, tmp_path):
 def test_the_recipe_of_an_example_can_be_trained(path):
     config = find_recipe(f"{path}:recipe")()
     assert isinstance(config, Config)
-    assert load_tasks(config, judge=None, grade=None).keys() == config.domains.keys()
+    assert load_tasks(resolve(config, {}, gpu=False), judge=None, grade=None).keys() == config.domains.keys()
