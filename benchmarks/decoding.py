@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -71,21 +71,22 @@ def step_ms(step: Callable[[], bool]) -> float:
 
 def ours(job: dict[str, Any]) -> None:
     """Print the milliseconds of each load, with our engine."""
+    import torch
+
     from trimtab.rollout.engine.engine import Engine, EngineConfig
     from trimtab.rollout.types import Request, Sampling
 
     loads = [Load(tuple(one["lengths"]), one["steps"]) for one in job["loads"]]
-    known = {field.name for field in fields(EngineConfig)}
     cost = Cost.of(Path(job["model"]))
-    options = {
-        "model": job["model"],
-        "dtype": job["dtype"],
-        "max_model_len": max(load.longest for load in loads),
-        "kv_cache_bytes": max(64 << 20, int(1.3 * max(cost.cached_bytes(sum(load.decoded)) for load in loads))),
-        "max_num_seqs": max(len(load.lengths) for load in loads),
-        "graphs": job["graphs"],
-    }
-    engine = Engine(EngineConfig(**{key: value for key, value in options.items() if key in known}))
+    config = EngineConfig(
+        model=job["model"],
+        dtype=job["dtype"],
+        max_model_len=max(load.longest for load in loads),
+        kv_cache_bytes=max(64 << 20, int(1.3 * max(cost.cached_bytes(sum(load.decoded)) for load in loads))),
+        max_num_seqs=max(len(load.lengths) for load in loads),
+        graphs=job["graphs"] and torch.cuda.is_available(),
+    )
+    engine = Engine(config)
     for load in loads:
         sampling = Sampling(**SAMPLING, max_tokens=load.steps)
         for i, ids in enumerate(prompts(load, cost.config["vocab_size"])):

@@ -13,11 +13,14 @@ a row takes off the first is what that thing adds to it.
 
 import argparse
 import json
+import pickle
 import random
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
@@ -37,7 +40,8 @@ from trimtab.kernels import reference
 from trimtab.rollout.engine.engine import Engine, EngineConfig, read_config
 from trimtab.rollout.types import Completion, Request, Sampling, Segment
 
-SAMPLING = Sampling(temperature=1.0, top_p=0.95, top_k=64, max_tokens=128)
+MAX_TOKENS = 128
+SAMPLING = Sampling(temperature=1.0, top_p=0.95, top_k=64, max_tokens=MAX_TOKENS)
 DTYPES = ("float32", "bfloat16")
 TOPK = 64
 LENGTHS = (20, 150, 600, 1500, 3000)
@@ -92,13 +96,11 @@ class Way:
 
 def trained(path: Path, dtype: str) -> Policy:
     """The policy as a Trainer holds it: fp32 master weights, compute in dtype."""
-    options = {
-        "domains": {"any": Domain(task="x:y", loss=LossSettings(beta=0.0))},
-        "model": str(path),
-        "precision": {"float32": "fp32", "bfloat16": "bf16"}[dtype],
-    }
-    known = {field.name for field in fields(Config)}
-    config = Config(**{key: value for key, value in options.items() if key in known})
+    config = Config(
+        domains={"any": Domain(task="x:y", loss=LossSettings(beta=0.0))},
+        model=str(path),
+        precision="fp32" if dtype == "float32" else "bf16",
+    )
     trainer = Trainer(config, load_policy(path), None, Accelerator(cpu=DEVICE == "cpu"))
     policy: Policy = trainer.policy
     return policy
@@ -135,29 +137,38 @@ def compare(policy: Policy, batch: list[Trajectory], way: Way) -> tuple[float, f
 
 
 def recorded(path: Path, engine_dtype: str) -> list[Trajectory]:
-    """What an engine of that type samples."""
-    config = read_config(str(path))
-    longest = min(config["max_position_embeddings"] - SAMPLING.max_tokens, max(LENGTHS))
-    tokens = 4 * sum(length + SAMPLING.max_tokens for length in LENGTHS)
-    options = {
-        "model": str(path),
-        "dtype": engine_dtype,
-        "max_model_len": longest + SAMPLING.max_tokens,
-        "kv_cache_bytes": max(64 << 20, int(2.6 * Cost.of(path).cached_bytes(tokens))),
-        "graphs": DEVICE == "cuda",
-    }
-    known = {field.name for field in fields(EngineConfig)}
-    engine = Engine(EngineConfig(**{key: value for key, value in options.items() if key in known}))
-    batch = sample(engine, config["vocab_size"], longest)
+    """What an engine of that type samples, in a process of its own: it would end the trainer's process group."""
+    with tempfile.NamedTemporaryFile() as file:
+        command = [sys.executable, __file__, "--record", str(path), engine_dtype, file.name, *map(str, LENGTHS)]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        found: list[Trajectory] = pickle.loads(Path(file.name).read_bytes())
+    return found
+
+
+def record(path: str, engine_dtype: str, target: str, *lengths: str) -> None:
+    """Sample continuations of prompts of these lengths and write their trajectories."""
+    globals()["LENGTHS"] = tuple(map(int, lengths))
+    config = read_config(path)
+    longest = min(config["max_position_embeddings"] - MAX_TOKENS, max(LENGTHS))
+    tokens = 4 * sum(length + MAX_TOKENS for length in LENGTHS)
+    engine = Engine(
+        EngineConfig(
+            model=path,
+            dtype=engine_dtype,
+            max_model_len=longest + MAX_TOKENS,
+            kv_cache_bytes=max(64 << 20, int(2.6 * Cost.of(Path(path)).cached_bytes(tokens))),
+            graphs=DEVICE == "cuda" and engine_dtype == "bfloat16",
+        )
+    )
+    Path(target).write_bytes(pickle.dumps(sample(engine, config["vocab_size"], longest)))
     engine.close()
-    return batch
 
 
 def without_selection(path: Path, folder: Path) -> Path:
     """The same checkpoint with an indexer that selects every key."""
     shutil.copytree(path, folder, dirs_exist_ok=True)
     config = read_config(str(path))
-    window = max(LENGTHS) + SAMPLING.max_tokens
+    window = max(LENGTHS) + MAX_TOKENS
     (folder / "config.json").write_text(json.dumps(config | {"index_topk": window}))
     return folder
 
@@ -217,7 +228,11 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="checkpoint folder, of the one policy that is named")
     parser.add_argument("--replays", action="store_true", help="all combinations of types and replays")
     parser.add_argument("--tiny", action="store_true", help="a tiny Llama and short prompts, for a CPU")
+    parser.add_argument("--record", nargs="*", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.record:
+        record(*options.record)
+        return
     if options.model and options.policy == "both":
         parser.error("--model needs the policy that it is: smollm2 or dsa")
     if options.tiny:

@@ -283,7 +283,7 @@ def floors(size: Size, hardware: Card) -> tuple[float, float]:
     prompt = size.prompt_len // 2
     mean = prompt + size.tokens // 2
     generation = size.tokens * cost.decode_bytes([mean] * size.episodes) / hardware.bandwidth
-    update = size.episodes * cost.update_flops(prompt + size.tokens, size.tokens) / hardware.flops
+    update = size.episodes * cost.update_flops(prompt + size.tokens, 9 * size.tokens) / hardware.flops
     return generation, update
 
 

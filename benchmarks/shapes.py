@@ -271,11 +271,10 @@ class Cost:
             )
         return 2 * length * (self.shared + routed) + self.layers * seen
 
-    def update_flops(self, length: int, sampled: int, *, reference: bool = True) -> float:
+    def update_flops(self, length: int, kept: int) -> float:
         """FLOPs that an update needs for one sequence: the policy's forward and backward pass and the reference's
-        forward pass; logits of the sampled tokens alone, nothing recomputed."""
-        passes = 4 if reference else 3
-        return passes * (self.forward_flops(length) + 2 * sampled * self.head)
+        forward pass; logits of the ids in the kept sets alone, nothing recomputed."""
+        return 4 * (self.forward_flops(length) + 2 * kept * self.config["hidden_size"])
 
     def row_bytes(self, length: int) -> float:
         """Bytes of the cache, in bf16, that one decoding step of a sequence reads."""

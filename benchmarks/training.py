@@ -6,7 +6,7 @@
     --no-recompute: keep activations; --quick: one batch after one; --batches N
 
 Every row is a process of its own, in bf16 on a GPU; the figure is the median batch. MFU counts what the update needs
-once: the policy forward and backward, the reference forward, logits of sampled tokens alone. Floor: that
+once: the policy forward and backward, the reference forward, logits of kept ids alone. Floor: that
 arithmetic at the data sheet's rate, and the optimiser's traffic of 28 bytes a parameter at its bandwidth. GiB: the most
 that torch allocated. Published: prime-rl's figures for Qwen3-0.6B, of its hardware and its loss, not measured here.
 """
@@ -17,7 +17,7 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -94,17 +94,15 @@ def work(job: dict[str, Any]) -> None:
 
     gpu, row, folder = torch.cuda.is_available(), Row(**job["row"]), Path(job["folder"])
     loss = LossSettings(beta=0.001, delta=None)
-    options = {
-        "domains": {"any": Domain(task="x:y", loss=loss)},
-        "model": str(folder),
-        "tokens_per_microbatch": row.pack,
-        "minibatches": row.minibatches,
-        "checkpoint_activations": job["recompute"],
-        "precision": "bf16" if gpu else "fp32",
-        "lr": 1e-6,
-    }
-    known = {field.name for field in fields(Config)}
-    config = Config(**{key: value for key, value in options.items() if key in known})
+    config = Config(
+        domains={"any": Domain(task="x:y", loss=loss)},
+        model=str(folder),
+        tokens_per_microbatch=row.pack,
+        minibatches=row.minibatches,
+        checkpoint_activations=job["recompute"],
+        precision="bf16" if gpu else "fp32",
+        lr=1e-6,
+    )
     policy = load_policy(folder, checkpointing=job["recompute"])
     frozen = load_policy(folder).requires_grad_(False)
     trainer = Trainer(config, policy, frozen, Accelerator(cpu=not gpu))
@@ -145,7 +143,7 @@ def run(row: Row, batches: int, *, recompute: bool) -> tuple[list[dict[str, floa
 
 def line(row: Row, found: list[dict[str, float]], hardware: Card) -> str:
     cost, tokens = Cost.of(checkpoint(row.shape)), row.sequences * row.length
-    flops = row.sequences * cost.update_flops(row.length, row.length - row.prompt)
+    flops = row.sequences * cost.update_flops(row.length, 8 * (row.length - row.prompt))
     seconds = median(one["seconds"] for one in found)
     floor = flops / hardware.flops + row.minibatches * 28 * cost.parameters / hardware.bandwidth
     return (
