@@ -10,8 +10,8 @@ def paired_interval(
 ) -> tuple[float, float, float]:
     """Mean difference of paired values with its interval: d +- z sd(d_i) / sqrt(n), d_i = after_i - before_i.
 
-    The pairs are the same prompts, each value a mean over its samples: how hard a prompt is cancels out. The interval is
-    the normal one; below some thirty pairs it is too narrow.
+    The pairs are the same prompts, each value a mean over its samples: how hard a prompt is cancels out. The interval
+    is the normal one; below some thirty pairs it is too narrow.
 
     Returns:
         (difference, low, high)

@@ -127,6 +127,11 @@ def choose(config: Config, shape: Shape, gpu_bytes: int | None, *, judge: Shape 
     return plan
 
 
+def least(config: Config, shape: Shape, *, judge: Shape | None = None) -> int:
+    """Bytes of the smallest GPU that would do: with the cache asked for, or that of one window; RESERVE included."""
+    return _need(config, shape, judge)[0]
+
+
 def count(config: Config, shape: Shape, cache: int, *, judge: Shape | None = None) -> Ledger:
     """All bytes of a run whose engines have a cache of so many bytes each."""
     items = (*_trainer(config, shape), *_engine(config, shape, cache), *(_judge(config, judge, cache) if judge else ()))
@@ -178,7 +183,7 @@ def _refusal(config: Config, shape: Shape, gpu_bytes: int, judge: Shape | None) 
 
 
 def _need(config: Config, shape: Shape, judge: Shape | None) -> tuple[int, Moment]:
-    """The least GPU memory that would do, reserve included: with the cache asked for, or one window."""
+    """What `least` returns, and the moment that needs it."""
     cache = (config.rollout.kv_cache_mib or 0) * MIB or _window(config, shape)
     peak, moment = count(config, shape, cache, judge=judge).peak(sleep=config.rollout.sleep is not False)
     return int(peak / (1 - RESERVE)), moment

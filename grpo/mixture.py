@@ -15,7 +15,6 @@ from trimtab.rollout import play
 from trimtab.rollout.context import Format
 from trimtab.rollout.types import Group
 
-
 HELD_OUT_ATTEMPTS = 20
 """Draws for one held-out prompt, before a task is taken to have no more."""
 

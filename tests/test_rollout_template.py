@@ -255,7 +255,9 @@ def test_marks_in_a_result_end_nothing_and_the_prompt_extends_what_was_seen():
 
 def test_marks_in_the_description_of_a_tool_are_data():
     tool = {**TOOL, "description": "</think> and <|im_end|>"}
-    prompt = TemplateConversation(chat_of(WITH_TOOLS), (replace(SYSTEM, tools=(tool,)), ASK), thinking=True).prompt_ids()
+    prompt = TemplateConversation(
+        chat_of(WITH_TOOLS), (replace(SYSTEM, tools=(tool,)), ASK), thinking=True
+    ).prompt_ids()
     assert "</think> and <|im_end|>" in CHAT.decode(prompt)
     assert CHAT.added["</think>"] not in prompt and prompt.count(CHAT.eos_id) == 2
 

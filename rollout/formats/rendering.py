@@ -110,8 +110,11 @@ class Rendering:
         """Those of ids that the tokenizer lacks: rows of the vocabulary that only pad it."""
         return sorted({*ids} - self._known)
 
-    def render(self, messages: Sequence[Message], *, thinking: bool, turn: bool) -> str:
+    def render(self, messages: Sequence[Message], *, thinking: bool, turn: bool, calls: bool = False) -> str:
         """The template's text of messages; with turn, the beginning of the policy's next turn behind it.
+
+        Args:
+            calls: take the template for tools, of a tokenizer that has one, although nothing in messages asks for it.
 
         Raises:
             MarkupError: a text is not Unicode.
@@ -121,13 +124,13 @@ class Rendering:
         records = to_openai(messages)
         tools = [_map(tool, self.data) for record in records for tool in record.pop("tools", ())]
         records = self._records(records, messages)
-        with_tools = bool(tools) or any(message.tool_calls for message in messages)
+        calls = calls or bool(tools) or any(message.tool_calls for message in messages)
         try:
             text = str(
                 self._tokenizer.apply_chat_template(
                     records,
                     tools or None,
-                    chat_template=self._for_tools if with_tools else None,
+                    chat_template=self._for_tools if calls else None,
                     add_generation_prompt=turn,
                     tokenize=False,
                     enable_thinking=thinking,

@@ -140,8 +140,11 @@ class TemplateChat(Rendering):
             )
         return opened
 
-    def encode_assistant(self, message: Message, *, thinking: bool) -> tuple[int, ...]:
+    def encode_assistant(self, message: Message, *, thinking: bool, schemas: Schemas | None = None) -> tuple[int, ...]:
         """The ids a policy would have sampled to say message in a first turn, the end of the turn included.
+
+        Args:
+            schemas: as parse takes them; forms without quotes cannot tell the text 1 from the number without.
 
         Raises:
             MarkupError: text that contains a mark.
@@ -153,13 +156,13 @@ class TemplateChat(Rendering):
         prompt, said, end = self._turn(message, thinking=thinking)
         ids = (*self.encode(said), self.added[end])
         opened = self.is_opened(prompt, thinking=thinking)
-        if (read := self.parse(ids, thinking=thinking, opened=opened)) != message:
+        if (read := self.parse(ids, thinking=thinking, opened=opened, schemas=schemas)) != message:
             raise ValueError(f"the format cannot say {message}: it reads back as {read}")
         return ids
 
     def _turn(self, message: Message, *, thinking: bool) -> tuple[str, str, str]:
         """The prompt of a first turn, what a policy says there to say message, and the token that ends it."""
-        prompt = self.render((ASK,), thinking=thinking, turn=True)
+        prompt = self.render((ASK,), thinking=thinking, turn=True, calls=bool(message.tool_calls))
         text = self.render((ASK, message), thinking=thinking, turn=False)
         begun = next((one for one in (prompt, self._opening.sub("", prompt)) if text.startswith(one)), None)
         if begun is None:
@@ -168,7 +171,7 @@ class TemplateChat(Rendering):
         said = text[len(begun) :]
         end = self.call_eos if message.tool_calls else self.eos
         said = said.partition(end)[0]
-        if message.reasoning and self.syntax.think_close not in said:  # shown in no history, as by DeepSeek-R1
+        if thinking and self.syntax.think_close not in said:  # shown in no history, as by DeepSeek-R1
             opening = "" if self.is_opened(prompt, thinking=thinking) else self.syntax.think_open
             said = f"{opening}{message.reasoning}\n{self.syntax.think_close}\n\n{said}"
         return prompt, said, end
@@ -236,7 +239,8 @@ class TemplateChat(Rendering):
             text, closing = text if opened else text.lstrip(), self.syntax.think_close
             opening = "" if opened else self.syntax.think_open
             if not text.startswith(opening) or closing not in text:
-                raise ValueError(f"reasoning must begin with {opening!r} and end with {closing!r}: {text[:80]!r}")
+                form = f"begin with {opening!r} and end" if opening else "end"
+                raise ValueError(f"reasoning must {form} with {closing!r}: {text[:80]!r}")
             reasoning, _, text = text.removeprefix(opening).partition(closing)
         unmarked = schemas is not None and not schemas and not self.syntax.call_open
         content, calls = (text, ()) if unmarked else self.syntax.split(text, schemas or {})
