@@ -228,10 +228,10 @@ class Policy(nn.Module):
         half = cos.shape[-1] // 2
         return cos[:, :half], sin[:, :half]
 
-    def save(self, path: Path | str) -> None:
-        """Write a checkpoint that transformers and vLLM load."""
+    def save(self, path: Path | str, weights: dict[str, Tensor] | None = None) -> None:
+        """Write a checkpoint that transformers and vLLM load, of these weights or of its own."""
         with _no_progress_bars():
-            self.model.save_pretrained(path)
+            self.model.save_pretrained(path, state_dict=weights)
 
 
 def load_policy(path: Path | str, *, dtype: torch.dtype = torch.float32, checkpointing: bool = False) -> Policy:
