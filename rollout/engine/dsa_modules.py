@@ -64,7 +64,9 @@ class Mlp(nn.Module):
         """x [N, hidden]; what a routed layer reads beside it is ignored."""
         gate_up = F.linear(x, self._gate_up)
         if x.is_cuda:
-            return F.linear(_kernels().silu_mul(gate_up), self.down_proj.weight)
+            from trimtab.kernels.swiglu import swiglu
+
+            return F.linear(swiglu(gate_up), self.down_proj.weight)
         gate, up = gate_up.chunk(2, -1)
         return F.linear(F.silu(gate) * up, self.down_proj.weight)
 
