@@ -14,7 +14,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int32: "*i32", torch.int64: "*i64", torch.uint32: "*u32"}
+TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int32: "*i32", torch.int64: "*i64"}
+TYPES[torch.uint32] = "*u32"
 seen = {}
 
 def specialised(parameter, value):
@@ -39,6 +40,7 @@ def record(self, *args, grid, warmup, num_warps=4, num_stages=3, **kwargs):
 JITFunction.run = record
 
 from trimtab.kernels import decoder, sparse_mla
+from trimtab.kernels.swiglu import swiglu
 from trimtab.rollout.engine.dsa_paged import DecodeStep
 
 H, topk, width, dtype = int(sys.argv[1]), 2048, 8192, torch.bfloat16
@@ -63,7 +65,7 @@ def layer(n):
     step = DecodeStep(slots[:n], lengths[:n], table[:n], 16, width)
     step.attend(q, index_q, torch.zeros(n, index_H), cache, value_dim=C, topk=topk, scale=0.07)
     decoder.route(torch.zeros(n, 48), torch.zeros(48), 6, groups=1, groups_kept=1, normalise=True, scale=1.0)
-    decoder.silu_mul(torch.zeros(n, 1024, dtype=dtype))
+    swiglu(torch.zeros(n, 1024, dtype=dtype))
 
 for n in range(256, 0, -1) if sys.argv[2:] == ["count"] else (256, 17):
     layer(n)
