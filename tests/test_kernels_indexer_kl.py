@@ -173,3 +173,12 @@ def test_a_repeated_run_gives_the_same_bits(monkeypatch):
 
     first = run()
     assert all(torch.equal(a, b) for _ in range(24) for a, b in zip(first, run(), strict=True))
+
+
+@pytest.mark.parametrize("lengths", [(1,), (7, 1, 30, 2), (50,), (3, 3, 3, 3)])
+def test_chunks_that_the_host_knows_are_those_found_in_the_ranges(lengths, monkeypatch):
+    monkeypatch.setattr(indexer_kl, "SCORES_AT_ONCE", 6 * sum(lengths))
+    start_N, end_N = causal_ranges(*lengths)
+    found = indexer_kl._chunks(start_N, end_N, sum(lengths))
+    clipped = [(slice(n.start, min(n.stop, sum(lengths))), m) for n, m in found]
+    assert indexer_kl.chunks_of(lengths) == clipped

@@ -139,3 +139,9 @@ def test_a_repeated_run_gives_the_same_bits():
 
     first = run()
     assert all(torch.equal(a, b) for _ in range(24) for a, b in zip(first, run(), strict=True))
+
+
+def test_queries_and_values_of_two_types_are_refused():
+    x, range_N = torch.zeros(3, 1, 16, device=DEVICE), torch.arange(3, dtype=torch.int32, device=DEVICE)
+    with pytest.raises(ValueError, match="autocast"):
+        masked_mha(x, x, x.half(), None, range_N, range_N + 1, 1.0)
