@@ -11,7 +11,8 @@ import torch
 import transformers
 from tiny import save_tiny_deepseek, tiny_deepseek
 
-from trimtab.rollout.engine.engine import Engine, EngineConfig, moe_layers
+from trimtab.rollout.engine.architectures import moe_layers
+from trimtab.rollout.engine.engine import Engine, EngineConfig
 from trimtab.rollout.types import Completion, Request, Sampling
 
 SAMPLING = Sampling(temperature=1.3, top_p=0.9, top_k=64, max_tokens=24)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from trimtab.rollout.engine.architectures import CPU_ENVIRONMENT, SUPPORTED, moe_layers, options
 from trimtab.rollout.types import Completion, Request
 
 ENVIRONMENT = {
@@ -25,9 +26,6 @@ ENVIRONMENT = {
     "MALLOC_TRIM_THRESHOLD_": "1000000000",
 }
 """Must be set before the process starts (the allocator's part) or imports vllm (the rest)."""
-
-DSA = "DeepseekV32ForCausalLM"
-SUPPORTED = (DSA, "LlamaForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +50,8 @@ class EngineConfig:
         policy = read_config(self.model)
         architecture = policy.get("architectures", [None])[0]
         if architecture not in SUPPORTED:
-            raise ValueError(f"{self.model} holds {architecture}, which is not supported; use one of {SUPPORTED}")
+            names = ", ".join(SUPPORTED)
+            raise ValueError(f"{self.model} holds {architecture}, which is not supported; use one of {names}")
         longest = policy.get("max_position_embeddings", self.max_model_len)
         if self.max_model_len > longest:
             raise ValueError(
@@ -80,19 +79,6 @@ def read_config(model: str) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
-def moe_layers(config: Mapping[str, Any]) -> list[int]:
-    """The layers with routed experts, of a config.json."""
-    layers = range(config["num_hidden_layers"])
-    if config["architectures"][0] == DSA:
-        dense = config["first_k_dense_replace"]
-        kinds = config.get("mlp_layer_types") or ["dense" if i < dense else "sparse" for i in layers]
-        return [i for i in layers if kinds[i] == "sparse"]
-    if config["architectures"][0] == "Qwen3MoeForCausalLM":
-        step, dense = config.get("decoder_sparse_step", 1), config.get("mlp_only_layers") or []
-        return [i for i in layers if i not in dense and (i + 1) % step == 0]
-    return []
-
-
 class Engine:
     """A continuous batch: add requests at any time, step while busy.
 
@@ -100,7 +86,7 @@ class Engine:
     """
 
     def __init__(self, config: EngineConfig):
-        os.environ.update(ENVIRONMENT)
+        os.environ.update(ENVIRONMENT if torch.cuda.is_available() else ENVIRONMENT | CPU_ENVIRONMENT)
         from vllm import LLM
 
         from trimtab.rollout.engine import plugin, weights
@@ -130,7 +116,7 @@ class Engine:
             logprobs_mode="processed_logprobs",
             enable_return_routed_experts=bool(self._moe_layers),
             weight_transfer_config={"backend": weights.BACKEND},
-            **(_dsa_options(plugin.ARCHITECTURE) if policy["architectures"][0] == DSA else {}),
+            **options(policy["architectures"][0]),
             **_device_options(),
         )
         self._llm.init_weight_transfer_engine({"init_info": {}})
@@ -236,12 +222,6 @@ class Engine:
             weight_version=self.version,
             finish="stop" if output.finish_reason == "stop" else "length",
         )
-
-
-def _dsa_options(architecture: str) -> dict[str, Any]:
-    """How vLLM runs our model. A model type of our own, since it bars those it knows as MLA from prefix caching on
-    a CPU; small blocks, since only whole ones are shared between requests."""
-    return {"hf_overrides": {"architectures": [architecture], "model_type": "trimtab_dsa"}, "block_size": 16}
 
 
 def _device_options() -> dict[str, Any]:
