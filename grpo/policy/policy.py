@@ -197,7 +197,8 @@ class Policy(nn.Module):
             from trimtab.grpo.policy import packed_attention  # Triton, which a CPU does without
 
             choose = self.choose_attend or packed_attention.choose_attend
-            return packed_attention.spans_of(lengths, x_ND.device, topk, choose), choose
+            again = self.checkpointing and torch.is_grad_enabled()
+            return packed_attention.spans_of(lengths, x_ND.device, topk, choose, recomputed=again), choose
         choose = self.choose_attend or choose_attend
         if x_ND.is_cuda and x_ND.dtype != torch.float32:
             return [Pack(tuple(lengths), x_ND.device)], choose
@@ -227,10 +228,10 @@ class Policy(nn.Module):
         half = cos.shape[-1] // 2
         return cos[:, :half], sin[:, :half]
 
-    def save(self, path: Path | str) -> None:
-        """Write a checkpoint that transformers and vLLM load."""
+    def save(self, path: Path | str, weights: dict[str, Tensor] | None = None) -> None:
+        """Write a checkpoint that transformers and vLLM load, of these weights or of its own."""
         with _no_progress_bars():
-            self.model.save_pretrained(path)
+            self.model.save_pretrained(path, state_dict=weights)
 
 
 def load_policy(path: Path | str, *, dtype: torch.dtype = torch.float32, checkpointing: bool = False) -> Policy:

@@ -3,7 +3,6 @@
 The list is that of grpo/policy/families.py, which trains them; tests hold the two together.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 OURS = "TrimtabDsaForCausalLM"
@@ -22,19 +21,6 @@ SUPPORTED = (
 )
 CPU_ENVIRONMENT = {"VLLM_MLA_DISABLE": "1"}
 """vLLM has latent attention for GPUs only: on a CPU it then runs it as multi-head attention."""
-
-
-def moe_layers(config: Mapping[str, Any]) -> list[int]:
-    """The layers with routed experts, of a config.json."""
-    layers = range(config["num_hidden_layers"])
-    if kinds := config.get("mlp_layer_types"):
-        return [i for i in layers if kinds[i] == "sparse"]
-    if config.get("n_routed_experts"):
-        return [i for i in layers if i >= config.get("first_k_dense_replace", 0)]
-    if config.get("num_experts") or config.get("num_local_experts"):  # Qwen3-MoE, by transformers' older and newer name
-        step, dense = config.get("decoder_sparse_step", 1), config.get("mlp_only_layers") or []
-        return [i for i in layers if i not in dense and (i + 1) % step == 0]
-    return []
 
 
 def options(architecture: str) -> dict[str, Any]:
