@@ -28,8 +28,8 @@ from trimtab.grpo.shard import (
     round_frozen,
     shard,
     stream,
-    whole,
     without_gradient,
+    whole,
 )
 from trimtab.kernels import reference
 from trimtab.rollout.types import Segment

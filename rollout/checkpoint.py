@@ -23,9 +23,9 @@ def moe_layers(config: Mapping[str, Any]) -> list[int]:
     layers = range(config["num_hidden_layers"])
     if kinds := config.get("mlp_layer_types"):
         return [i for i in layers if kinds[i] == "sparse"]
-    if config.get("n_routed_experts"):
-        return [i for i in layers if i >= config.get("first_k_dense_replace", 0)]
-    if config.get("num_experts") or config.get("num_local_experts"):  # Qwen3-MoE, by transformers' older and newer name
+    if "first_k_dense_replace" in config:
+        return [i for i in layers if i >= config["first_k_dense_replace"]]
+    if "decoder_sparse_step" in config or "mlp_only_layers" in config:
         step, dense = config.get("decoder_sparse_step", 1), config.get("mlp_only_layers") or []
         return [i for i in layers if i not in dense and (i + 1) % step == 0]
     return []
