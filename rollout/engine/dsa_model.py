@@ -418,7 +418,7 @@ class DsaForCausalLM(nn.Module):
         parameters = dict(self.named_parameters())
         seen = set()
         for name, weight in weights:
-            if ".indexer." in name and self.config.indexer_rope_interleave:
+            if ".indexer." in name and getattr(self.config, "indexer_rope_interleave", False):
                 weight = halves_of_pairs(name, weight, self.config.index_head_dim, self.config.qk_rope_head_dim)
             key, index = _stacked(name)
             if key not in parameters:
