@@ -37,8 +37,12 @@ class Transfer(WeightTransferEngine[NoInit, Update]):
     init_info_cls = NoInit
     update_info_cls = Update
 
-    def init_transfer_engine(self, init_info: NoInit) -> None:
+    def __init__(self, *args: Any):
+        super().__init__(*args)
         self._importer = PackedBufferImporter()
+
+    def init_transfer_engine(self, init_info: NoInit) -> None:
+        pass
 
     def start_weight_update(self) -> None:
         if loads_in_place(self.model):
