@@ -1,6 +1,5 @@
 """One vLLM engine in this process: requests in, completions with everything the sampler knew out."""
 
-import json
 import os
 import time
 from collections.abc import Iterable, Mapping
@@ -10,6 +9,7 @@ from typing import Any
 
 import torch
 
+from trimtab.rollout.checkpoint import moe_layers, read_config, stop_ids
 from trimtab.rollout.engine.sequences import Running, SequenceRecord
 from trimtab.rollout.engine.weights import Array, Handle, Layout, Named, to_tensors
 from trimtab.rollout.types import Completion, Request
@@ -78,31 +78,6 @@ class EngineConfig:
             )
 
 
-def read_config(model: str) -> dict[str, Any]:
-    """config.json of a checkpoint folder.
-
-    Raises:
-        ValueError: there is none.
-    """
-    path = Path(model) / "config.json"
-    if not path.is_file():
-        raise ValueError(f"no checkpoint at {model}: config.json is missing")
-    return json.loads(path.read_text())
-
-
-def moe_layers(config: Mapping[str, Any]) -> list[int]:
-    """The layers with routed experts, of a config.json."""
-    layers = range(config["num_hidden_layers"])
-    if config["architectures"][0] == DSA:
-        dense = config["first_k_dense_replace"]
-        kinds = config.get("mlp_layer_types") or ["dense" if i < dense else "sparse" for i in layers]
-        return [i for i in layers if kinds[i] == "sparse"]
-    if config["architectures"][0] == "Qwen3MoeForCausalLM":
-        step, dense = config.get("decoder_sparse_step", 1), config.get("mlp_only_layers") or []
-        return [i for i in layers if i not in dense and (i + 1) % step == 0]
-    return []
-
-
 class Engine:
     """A continuous batch: add requests at any time, step while busy.
 
@@ -127,7 +102,7 @@ class Engine:
             plugin.resolve(policy["architectures"][0])
         imported = time.perf_counter()
         self.config, self.version, self.asleep = config, 0, False
-        self._stop = list(_eos(policy) if config.stop_ids is None else config.stop_ids)
+        self._stop = list(stop_ids(config.model) if config.stop_ids is None else config.stop_ids)
         self._moe_layers = moe_layers(policy)
         self._experts_per_token = policy.get("num_experts_per_tok", 0)
         self._running: dict[str, tuple[Running, SequenceRecord]] = {}
@@ -348,11 +323,6 @@ def capture_sizes(max_num_seqs: int) -> list[int]:
             break
         sizes.append(sizes[-1] + step)
     return [*sizes, max_num_seqs]
-
-
-def _eos(policy: Mapping[str, Any]) -> list[int]:
-    eos = policy.get("eos_token_id")
-    return [] if eos is None else [eos] if isinstance(eos, int) else eos
 
 
 def _graph_options(config: EngineConfig) -> dict[str, Any]:
