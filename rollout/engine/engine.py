@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from trimtab.rollout.checkpoint import moe_layers, read_config
+from trimtab.rollout.checkpoint import moe_layers, read_config, stop_ids
 from trimtab.rollout.engine.architectures import CPU_ENVIRONMENT, DSA, SUPPORTED, options
 from trimtab.rollout.engine.sequences import Running, SequenceRecord
 from trimtab.rollout.engine.weights import Array, Handle, Layout, Named, to_tensors
@@ -101,7 +101,7 @@ class Engine:
             plugin.resolve(policy["architectures"][0])
         imported = time.perf_counter()
         self.config, self.version, self.asleep = config, 0, False
-        self._stop = list(_eos(policy) if config.stop_ids is None else config.stop_ids)
+        self._stop = list(stop_ids(config.model) if config.stop_ids is None else config.stop_ids)
         self._moe_layers = moe_layers(policy)
         self._experts_per_token = policy.get("num_experts_per_tok", 0)
         self._running: dict[str, tuple[Running, SequenceRecord]] = {}
@@ -322,11 +322,6 @@ def capture_sizes(max_num_seqs: int) -> list[int]:
             break
         sizes.append(sizes[-1] + step)
     return [*sizes, max_num_seqs]
-
-
-def _eos(policy: Mapping[str, Any]) -> list[int]:
-    eos = policy.get("eos_token_id")
-    return [] if eos is None else [eos] if isinstance(eos, int) else eos
 
 
 def _graph_options(config: EngineConfig) -> dict[str, Any]:
