@@ -6,7 +6,7 @@ trajectories, L = MoE layers, K = experts a token.
 
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -52,6 +52,8 @@ class Packed:
     domains: tuple[str, ...]
     """Of each trajectory."""
     ids_N: Tensor  # int64
+    lengths: tuple[int, ...]
+    """Tokens of each segment: what cu_seqlens holds, where the host can read it without waiting for a GPU."""
     cu_seqlens: Tensor  # int64 [Q + 1], where each segment starts; positions restart there
     routes_NLK: Tensor | None
     """As recorded (uint8 or uint16); the row of a segment's last token, which nobody reads, repeats the one before.
@@ -70,10 +72,17 @@ class Packed:
     delta_B: Tensor  # inf where the domain keeps every trajectory
 
     def to(self, device: torch.device | str) -> "Packed":
-        """The same pack on another device."""
+        """The same pack on another device; the host does not wait for a pack that is pinned."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> "Packed":
+        """The same pack in memory that a GPU reads by itself."""
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Packed":
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        moved: dict[str, Any] = {name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)}
-        return replace(self, **moved)
+        changed: dict[str, Any] = {name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
+        return replace(self, **changed)
 
 
 def trajectories(groups: Sequence[Group], settings: Mapping[str, LossSettings]) -> list[Trajectory]:
@@ -156,11 +165,13 @@ def _packed(members: Sequence[Trajectory]) -> Packed:
     ids_N = _tensor([segment.token_ids for segment in segments], np.int64)
     position_S = torch.from_numpy(np.flatnonzero(sampled_N))
     num_sampled = [trajectory.num_sampled for trajectory in members]
+    lengths = tuple(len(segment.token_ids) for segment in segments)
     return Packed(
         names=tuple(trajectory.name for trajectory in members),
         domains=tuple(trajectory.domain for trajectory in members),
         ids_N=ids_N,
-        cu_seqlens=_offsets([len(segment.token_ids) for segment in segments]),
+        lengths=lengths,
+        cu_seqlens=_offsets(lengths),
         routes_NLK=_routes(segments),
         predict_S=position_S - 1,
         token_S=ids_N[position_S],

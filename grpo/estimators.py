@@ -224,11 +224,43 @@ def grpo_loss(
             which only a part is here.
     """
     _check_grpo_inputs(logp_S, old_logp_S, ref_logp_S, sequence_S, length_B, num_trajectories, beta_B)
+    return unchecked_grpo_loss(
+        logp_S,
+        old_logp_S,
+        ref_logp_S,
+        sequence_S=sequence_S,
+        advantage_B=advantage_B,
+        length_B=length_B,
+        num_trajectories=num_trajectories,
+        clip_low_B=clip_low_B,
+        clip_high_B=clip_high_B,
+        beta_B=beta_B,
+        delta_B=delta_B,
+        kl=kl,
+    )
+
+
+def unchecked_grpo_loss(
+    logp_S: Tensor,
+    old_logp_S: Tensor,
+    ref_logp_S: Tensor | None,
+    *,
+    sequence_S: Tensor,
+    advantage_B: Tensor,
+    length_B: Tensor,
+    num_trajectories: int,
+    clip_low_B: Tensor,
+    clip_high_B: Tensor,
+    beta_B: Tensor,
+    delta_B: Tensor,
+    kl: KlEstimator = unbiased_kl,
+) -> GrpoLoss:
+    """grpo_loss of what is known to be whole: nothing is checked, because the host would wait for a GPU each time."""
     B = len(advantage_B)
     advantage_S, low_S, high_S = advantage_B[sequence_S], clip_low_B[sequence_S], clip_high_B[sequence_S]
     surrogate_S = clipped_surrogate(logp_S, old_logp_S, advantage_S, low_S, high_S)
     kl_S = torch.zeros_like(logp_S) if ref_logp_S is None else kl(logp_S, old_logp_S, ref_logp_S)
-    drift_B = drift(logp_S, old_logp_S, sequence_S, B)
+    drift_B = _sum_by_trajectory(old_logp_S - logp_S.detach(), sequence_S, B) / length_B
     keep_B = off_policy_keep(drift_B, advantage_B, delta_B)
 
     loss_S = beta_B[sequence_S] * kl_S - keep_B[sequence_S] * surrogate_S

@@ -2,8 +2,9 @@
 
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,26 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from trimtab.grpo.batch import Packed, Trajectory, minibatches, pack
-from trimtab.grpo.config import Config
-from trimtab.grpo.estimators import GrpoLoss, KlEstimator, grpo_loss, k3, mismatch_kl, unbiased_kl
+from trimtab.grpo.clock import Clock
+from trimtab.grpo.config import Config, LossSettings
+from trimtab.grpo.estimators import GrpoLoss, KlEstimator, k3, mismatch_kl, unbiased_kl, unchecked_grpo_loss
+from trimtab.grpo.offload import Shelf
+from trimtab.grpo.policy.lora import adapters, save_adapter, without_adapters
 from trimtab.grpo.policy.policy import Policy
+from trimtab.grpo.shard import (
+    clip_gradients,
+    compute_dtype,
+    load_optimizer_state,
+    masters,
+    optimizer_state,
+    round_frozen,
+    shard,
+    stream,
+    without_gradient,
+    whole,
+)
 from trimtab.kernels import reference
+from trimtab.rollout.types import Segment
 
 OPTIMIZER_FILE = "optimizer.pt"
 KL_ESTIMATORS: dict[str, KlEstimator] = {
@@ -25,23 +42,37 @@ KL_ESTIMATORS: dict[str, KlEstimator] = {
 
 
 @dataclass(slots=True)
-class Sums:
-    """Sums over the trajectories of a step, and what they are divided by."""
+class Record:
+    """What the packs of a step gave, left on the device until the step is over: reading it makes the host wait."""
 
-    totals: dict[str, float] = field(default_factory=dict)
-    trajectories: int = 0
-    indexer_kl: float = 0.0
-    drift: list[float] = field(default_factory=list)
+    losses: list[GrpoLoss] = field(default_factory=list)
+    indexer_kl_N: list[Tensor] = field(default_factory=list)
+    trajectories: list[int] = field(default_factory=list)
+    entropy_S: list[Tensor] = field(default_factory=list)
+    mismatch_S: list[Tensor] = field(default_factory=list)
+    """log(pi / pi_old) where the weights are still those that sampled."""
 
-    def add(self, name: str, total: float) -> None:
-        self.totals[name] = self.totals.get(name, 0.0) + total
+    def metrics(self) -> dict[str, float]:
+        def joined(name: str) -> Tensor:
+            return torch.cat([getattr(loss, name) for loss in self.losses]).float()
 
-    def add_loss(self, loss: GrpoLoss) -> None:
-        self.trajectories += len(loss.keep_B)
-        self.drift += loss.drift_B.tolist()
-        self.add("kl", float(loss.kl_B.sum()))
-        self.add("clip_share", float(loss.clip_share_B.sum()))
-        self.add("masked", float((~loss.keep_B).sum()))
+        log_ratio_S = torch.cat(self.mismatch_S)
+        values = {
+            "kl": joined("kl_B").mean(),
+            "clip_share": joined("clip_share_B").mean(),
+            "masked": 1 - joined("keep_B").mean(),
+            "mismatch_kl": mismatch_kl(log_ratio_S, torch.zeros_like(log_ratio_S)).mean(),
+            "mismatch_log_ratio_max": log_ratio_S.abs().max(),
+        }
+        drift_B = joined("drift_B")
+        values |= {f"drift_p{q}": drift_B.quantile(q / 100) for q in (50, 90, 99)}
+        if self.indexer_kl_N:
+            means = zip(self.indexer_kl_N, self.trajectories, strict=True)
+            values["indexer_kl"] = torch.stack([kl_N.mean() * n for kl_N, n in means]).sum() / sum(self.trajectories)
+        if self.entropy_S:
+            values["entropy"] = torch.cat(self.entropy_S).mean()
+        numbers = torch.stack([value.float() for value in values.values()]).tolist()
+        return {"indexer_kl": 0.0} | dict(zip(values, numbers, strict=True))
 
 
 def schedule(step: int, config: Config) -> float:
@@ -53,18 +84,53 @@ def schedule(step: int, config: Config) -> float:
 class Trainer:
     """The policy, its frozen reference and the optimiser of a run."""
 
-    def __init__(self, config: Config, policy: Policy, reference_policy: Policy | None, accelerator: Accelerator):
+    def __init__(
+        self,
+        config: Config,
+        policy: Policy,
+        reference_policy: Policy | None,
+        accelerator: Accelerator,
+        clock: Clock | None = None,
+    ):
+        """Both policies are given in fp32; one with adapters is its own reference."""
         self.config, self.accelerator = config, accelerator
-        parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, betas=(0.9, 0.99))
-        self.policy, self.optimizer = accelerator.prepare(policy, optimizer)
-        self.reference = None if reference_policy is None else reference_policy.to(accelerator.device)
+        self.device: torch.device = accelerator.device
+        on_gpu = self.device.type == "cuda"
+        self.clock = clock or Clock(torch.cuda.synchronize if on_gpu else None)
+        dtype = compute_dtype(config.precision, self.device)
+        self.policy = shard(round_frozen(policy, dtype), dtype=dtype, device=self.device)
+        self.learning = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
+        self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(
+            self.learning, lr=config.lr, weight_decay=config.weight_decay, betas=(0.9, 0.99), fused=on_gpu or None
+        )
+        self.reference: Policy | None = None
+        if reference_policy is not None:
+            self.reference = round_frozen(reference_policy.requires_grad_(False), dtype).to(self.device)
+        self._shelve()
+
+    def _shelve(self) -> None:
+        """What config.offload names: the reference outside its pass, the optimiser's state outside its step, and
+        the master weights outside an update."""
+        offload, reference_policy = self.config.offload, self.reference
+        self._shelves: dict[str, Shelf] = {}
+        if offload in ("reference", "all") and reference_policy is not None:
+            self._shelves["reference"] = Shelf(reference_policy.parameters, constant=True)
+            self._shelves["reference"].rest()
+        if offload in ("optimizer", "all"):
+            self._shelves["optimizer"] = Shelf(self._moments)
+        if offload == "all":
+            self._shelves["masters"] = Shelf(self.policy.parameters)
+
+    def _moments(self) -> Iterator[Tensor]:
+        states = self.optimizer.state.values()
+        return (value for state in states for value in state.values() if isinstance(value, Tensor) and value.dim())
 
     def train_on(self, batch: Sequence[Trajectory], step: int) -> dict[str, Any]:
         """One epoch over a rollout batch in config.minibatches optimiser steps.
 
         The objective is a mean over the trajectories of a mini-batch. Groups without signal are not among them: they
-        would only lower the learning rate of the steps in which they are many.
+        would only lower the learning rate of the steps in which they are many. The reference reads the whole batch
+        before the first step, so that it needs no room beside the backward pass.
 
         Returns:
             Metrics. mismatch_kl comes from the first mini-batch alone: there the weights are those that sampled.
@@ -77,48 +143,72 @@ class Trainer:
         started = time.perf_counter()
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.lr * schedule(step, self.config)
-        sums = Sums()
-        metrics: dict[str, Any] = {}
-        mismatch: list[Tensor] = []
-        log_ratio_max = 0.0
-        norms: list[float] = []
-        for i, minibatch in enumerate(minibatches(batch, self.config.minibatches, seed=self.config.seed + step)):
-            self.optimizer.zero_grad()
-            num_tokens = sum(trajectory.num_tokens for trajectory in minibatch)
-            for packed in pack(minibatch, self.config.tokens_per_microbatch):
-                logp_S = self._backward(packed, len(minibatch), num_tokens, sums)
-                if i == 0:
-                    old_logp_S = packed.old_logp_S.to(logp_S.device)
-                    mismatch.append(mismatch_kl(logp_S, old_logp_S))
-                    log_ratio_max = max(log_ratio_max, float((logp_S - old_logp_S).abs().max()))
-            norms.append(float(self.accelerator.clip_grad_norm_(self.policy.parameters(), self.config.max_grad_norm)))
-            if not math.isfinite(norms[-1]):
-                raise RuntimeError(f"the gradient's norm is {norms[-1]} at step {step}; the last checkpoint is whole")
-            self.optimizer.step()
-        drift = torch.tensor(sums.drift)
-        metrics |= {name: total / sums.trajectories for name, total in sums.totals.items()}
-        metrics["indexer_kl"] = sums.indexer_kl / sums.trajectories
-        metrics |= {f"drift_p{q}": float(drift.quantile(q / 100)) for q in (50, 90, 99)}
-        metrics["mismatch_kl"] = float(torch.cat(mismatch).mean())
-        metrics["mismatch_log_ratio_max"] = log_ratio_max
+        with self.clock.phase("packing"):
+            parts = minibatches(batch, self.config.minibatches, seed=self.config.seed + step)
+            packs = [self._packs(part) for part in parts]
+        with self.clock.phase("reference"):
+            ref_logps = self._ref_logps(packs)
+        record, norms = Record(), []
+        for part, packs_of_part, refs in zip(parts, packs, ref_logps, strict=True):
+            norms.append(self._step(part, packs_of_part, refs, record, step))
+        metrics: dict[str, Any] = record.metrics()
         metrics["grad_norm"] = sum(norms) / len(norms)
         metrics["seconds_train"] = time.perf_counter() - started
         metrics["train_tokens_per_s"] = sum(t.num_tokens for t in batch) / metrics["seconds_train"]
         return metrics
 
-    def _backward(self, packed: Packed, num_trajectories: int, num_tokens: int, sums: Sums) -> Tensor:
-        """Add one pack's share to the gradient; the counts are the whole mini-batch's, so the split does not matter."""
-        packed = packed.to(self.accelerator.device)
-        routes_NLK = packed.routes_NLK if self.config.keep_routing else None
-        learn_indexer = self.policy.sparse and self.config.indexer_kl > 0
-        out = self.policy(packed.ids_N, packed.cu_seqlens, routes_NLK=routes_NLK, with_indexer_kl=learn_indexer)
-        logp_S = self._logp(self.policy, out.hidden_ND, packed)
-        ref_logp_S = None
-        if self.reference is not None:  # its own routing: it is a policy of its own, not a replay of this one
-            with torch.no_grad():
-                hidden_ND = self.reference(packed.ids_N, packed.cu_seqlens).hidden_ND
-                ref_logp_S = self._logp(self.reference, hidden_ND, packed)
-        loss = grpo_loss(
+    def _packs(self, part: Sequence[Trajectory]) -> list[Packed]:
+        packs = pack(part, self.config.tokens_per_microbatch)
+        largest = max(int(packed.kept_id_E.max()) for packed in packs)
+        if largest >= self.policy.config.vocab_size:
+            raise ValueError(f"kept id {largest} is outside the vocabulary of {self.policy.config.vocab_size}")
+        return [packed.pinned() for packed in packs] if self.device.type == "cuda" else packs
+
+    def _ref_logps(self, packs: Sequence[Sequence[Packed]]) -> list[list[Tensor | None]]:
+        """The reference's log-probabilities, by mini-batch and pack."""
+        if not self.config.needs_reference:
+            return [[None] * len(part) for part in packs]
+        shelf = self._shelves.get("reference")
+        adapted = bool(adapters(self.policy))
+        with shelf.taken_down() if shelf else nullcontext(), without_adapters(self.policy):
+            policy = self.policy if adapted or self.reference is None else self.reference
+            with without_gradient(policy):
+                return [[self._read(policy, packed.to(self.device))[0] for packed in part] for part in packs]
+
+    def _step(
+        self,
+        part: Sequence[Trajectory],
+        packs: Sequence[Packed],
+        refs: Sequence[Tensor | None],
+        record: Record,
+        step: int,
+    ) -> float:
+        """One optimiser step. Returns the gradient's norm before it is clipped."""
+        num_tokens = sum(trajectory.num_tokens for trajectory in part)
+        first = not record.losses
+        with self.clock.phase("forward and backward"):
+            for packed, ref_logp_S in zip(packs, refs, strict=True):
+                log_ratio_S = self._backward(packed.to(self.device), ref_logp_S, len(part), num_tokens, record)
+                record.mismatch_S += [log_ratio_S] if first else []
+            norm = float(clip_gradients(self.learning, self.config.max_grad_norm))
+        if not math.isfinite(norm):
+            raise RuntimeError(f"the gradient's norm is {norm} at step {step}; the last checkpoint is whole")
+        shelf = self._shelves.get("optimizer")
+        with self.clock.phase("optimiser"), shelf.taken_down() if shelf else nullcontext():
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        return norm
+
+    def _backward(
+        self, packed: Packed, ref_logp_S: Tensor | None, num_trajectories: int, num_tokens: int, record: Record
+    ) -> Tensor:
+        """Add one pack's share to the gradient; the counts are the whole mini-batch's, so the split does not matter.
+
+        Returns:
+            log(pi / pi_old) [S].
+        """
+        logp_S, entropy_S, indexer_kl_N = self._read(self.policy, packed, replay=True, learn=True)
+        loss = unchecked_grpo_loss(
             logp_S,
             packed.old_logp_S,
             ref_logp_S,
@@ -133,34 +223,102 @@ class Trainer:
             kl=KL_ESTIMATORS[self.config.kl],
         )
         total = loss.loss
-        if out.indexer_kl_N is not None:
-            total = total + self.config.indexer_kl * out.indexer_kl_N.sum() / num_tokens
-            sums.indexer_kl += float(out.indexer_kl_N.detach().mean()) * len(packed.names)
-        self.accelerator.backward(total)
-        sums.add_loss(loss)
-        return logp_S.detach()
+        if indexer_kl_N is not None:
+            total = total + self.config.indexer_kl * indexer_kl_N.sum() / num_tokens
+            record.indexer_kl_N.append(indexer_kl_N.detach())
+        total.backward()
+        record.losses.append(replace(loss, loss=loss.loss.detach()))
+        record.trajectories.append(len(packed.names))
+        record.entropy_S += [] if entropy_S is None else [entropy_S]
+        return logp_S.detach() - packed.old_logp_S
 
-    def _logp(self, policy: Policy, hidden_ND: Tensor, packed: Packed) -> Tensor:
-        hidden_SD = hidden_ND.index_select(0, packed.predict_S)
-        temperature = self.config.sampling.temperature
-        full_logp, kept_logp = reference.full_logp, reference.kept_logp
-        if hidden_SD.is_cuda:
-            from trimtab.kernels.lm_head import full_logp, kept_logp
-        if not self.config.keep_sampling_mask:
-            return full_logp(hidden_SD, policy.head_weight, packed.token_S, temperature)
-        return kept_logp(
-            hidden_SD, policy.head_weight, packed.token_S, packed.kept_id_E, packed.kept_offset_S, temperature
+    def _read(
+        self, policy: Policy, packed: Packed, *, replay: bool = False, learn: bool = False
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Log-probabilities [S], entropies [S] where they cost nothing, and the indexer's KL [N] if it is to learn.
+
+        Without replay a policy routes for itself, as a reference does.
+        """
+        out = policy(
+            packed.ids_N,
+            packed.cu_seqlens,
+            lengths=packed.lengths,
+            routes_NLK=packed.routes_NLK if replay and self.config.keep_routing else None,
+            with_indexer_kl=learn and self._learns_indexer,
         )
+        hidden_SD = out.hidden_ND.index_select(0, packed.predict_S)
+        logp_S, entropy_S = self._logp(policy, hidden_SD, packed)
+        return logp_S, entropy_S, out.indexer_kl_N
+
+    @property
+    def _learns_indexer(self) -> bool:
+        learning = any(parameter.requires_grad for parameter in self.policy.indexer_parameters())
+        return self.policy.sparse and self.config.indexer_kl > 0 and learning
+
+    def _logp(self, policy: Policy, hidden_SD: Tensor, packed: Packed) -> tuple[Tensor, Tensor | None]:
+        head_VD, temperature = policy.head_weight, self.config.sampling.temperature
+        kept = (packed.token_S, packed.kept_id_E, packed.kept_offset_S, temperature)
+        if hidden_SD.is_cuda:
+            from trimtab.kernels.lm_head import full_logp_entropy, kept_logp_entropy
+
+            if self.config.keep_sampling_mask:
+                return kept_logp_entropy(hidden_SD, head_VD, *kept)
+            return full_logp_entropy(hidden_SD, head_VD, packed.token_S, temperature)
+        if self.config.keep_sampling_mask:
+            return reference.kept_logp(hidden_SD, head_VD, *kept), None
+        return reference.full_logp(hidden_SD, head_VD, packed.token_S, temperature), None
+
+    def score(self, segment: Segment) -> Tensor:
+        """Log-probabilities [S] of what was sampled in a segment under the weights as they are now, on the CPU."""
+        lone = Trajectory(name=segment.name, domain="", segments=(segment,), advantage=0.0, settings=LossSettings())
+        (packed,) = pack([lone], len(segment.token_ids))
+        with self._awake(), without_gradient(self.policy):
+            return self._read(self.policy, packed.to(self.device), replay=True)[0].cpu()
+
+    def stream(self) -> Iterator[tuple[str, Tensor]]:
+        """The weights that engines must have (shard.stream)."""
+        with self._awake():
+            yield from stream(self.policy)
 
     def weights(self) -> dict[str, Tensor]:
-        """The policy's weights under transformers' names, on the CPU."""
-        return {name: weight.cpu() for name, weight in self.accelerator.unwrap_model(self.policy).weights().items()}
+        """What `stream` gives, on the CPU."""
+        return {name: weight.cpu() for name, weight in self.stream()}
+
+    @contextmanager
+    def _awake(self) -> Iterator[None]:
+        """The master weights on the device inside, also where they rest."""
+        shelf = self._shelves.get("masters")
+        with shelf.taken_down() if shelf and shelf.resting else nullcontext():
+            yield
+
+    def rest(self) -> None:
+        """Leave the device to others: what config.offload names, and what torch keeps of memory it does not use."""
+        for shelf in self._shelves.values():
+            shelf.rest()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def resume(self) -> None:
+        """Take back what an update needs from its beginning: the master weights."""
+        if shelf := self._shelves.get("masters"):
+            shelf.resume()
 
     def save(self, path: Path) -> None:
-        """Write a transformers checkpoint and the optimiser's state."""
-        self.accelerator.unwrap_model(self.policy).save(path)
-        torch.save(self.optimizer.state_dict(), path / OPTIMIZER_FILE)
+        """Write the master weights as a transformers checkpoint, or the adapter alone, and the optimiser's state."""
+        if adapters(self.policy):
+            learnt = ((name, weight) for name, weight in self.policy.model.named_parameters() if weight.requires_grad)
+            with self._awake():
+                save_adapter(self.policy, {name: whole(weight) for name, weight in learnt}, path)
+        else:
+            self.save_merged(path)
+        with self._shelves["optimizer"].taken_down() if "optimizer" in self._shelves else nullcontext():
+            torch.save(optimizer_state(self.optimizer), path / OPTIMIZER_FILE)
+
+    def save_merged(self, path: Path) -> None:
+        """Write a transformers checkpoint of the policy as a whole, an adapter merged into the weights."""
+        with self._awake():
+            self.policy.save(path, masters(self.policy))
 
     def load_optimizer(self, path: Path) -> None:
         """Read the optimiser's state of a checkpoint that `save` wrote."""
-        self.optimizer.load_state_dict(torch.load(path / OPTIMIZER_FILE, weights_only=True))
+        load_optimizer_state(self.optimizer, torch.load(path / OPTIMIZER_FILE, weights_only=True))

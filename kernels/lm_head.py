@@ -76,16 +76,17 @@ def _kept_softmax_kernel(
 
     total = tl.where(end > start, total, 1.0)
     lse = top + tl.log(total)
+    fault = tl.where(torn | (strays > 0), 2, tl.where(hits != 1, 1, 0))
     tl.store(lse_ptr + s, lse)
-    tl.store(logp_ptr + s, picked - lse)
+    tl.store(logp_ptr + s, tl.where(fault == 0, picked - lse, float("nan")))
     tl.store(entropy_ptr + s, lse - mean / total)
-    tl.store(fault_ptr + s, tl.where(torn | (strays > 0), 2, tl.where(hits != 1, 1, 0)))
+    tl.store(fault_ptr + s, fault)
 
 
 def _kept_softmax(
     hidden_SD: Tensor, weight_VD: Tensor, token_S: Tensor, kept_id_E: Tensor, kept_offset_S: Tensor, temperature: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """logp [S], entropy [S], lse [S], logit [E], all after temperature, and the row of each entry [E]."""
+) -> tuple[Tensor, ...]:
+    """logp, entropy, fault and lse [S], logit [E], all after temperature, and the row of each entry [E]."""
     (S, D), V, E = hidden_SD.shape, len(weight_VD), len(kept_id_E)
     position_E = torch.arange(E, device=hidden_SD.device, dtype=kept_offset_S.dtype)
     row_E = torch.searchsorted(kept_offset_S[1:], position_E, right=True, out_int32=True).clamp(max=S - 1)
@@ -101,12 +102,7 @@ def _kept_softmax(
     _kept_softmax_kernel[S,](
         logit_E, kept_id_E, token_S, kept_offset_S, lse_S, logp_S, entropy_S, fault_S, E, V, 64, num_warps=1
     )
-    fault = int(fault_S.max())  # the only time the host waits for the device
-    if fault == 1:
-        raise ValueError("a sampled token is outside its kept set: refuse such a segment when it is recorded")
-    if fault:
-        raise ValueError(f"kept ids must lie in [0, {V}), and their offsets rise from 0 to {E}")
-    return logp_S, entropy_S, lse_S, logit_E, row_E
+    return logp_S, entropy_S, fault_S, lse_S, logit_E, row_E
 
 
 class _KeptLogp(torch.autograd.Function):
@@ -119,18 +115,18 @@ class _KeptLogp(torch.autograd.Function):
         kept_id_E: Tensor,
         kept_offset_S: Tensor,
         temperature: float,
-    ) -> tuple[Tensor, Tensor]:
-        logp_S, entropy_S, lse_S, logit_E, row_E = _kept_softmax(
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        logp_S, entropy_S, fault_S, lse_S, logit_E, row_E = _kept_softmax(
             hidden_SD, weight_VD, token_S, kept_id_E, kept_offset_S, temperature
         )
         ctx.save_for_backward(hidden_SD, weight_VD, token_S, kept_id_E, kept_offset_S, lse_S, logit_E, row_E)
         ctx.temperature = temperature
-        ctx.mark_non_differentiable(entropy_S)
-        return logp_S, entropy_S
+        ctx.mark_non_differentiable(entropy_S, fault_S)
+        return logp_S, entropy_S, fault_S
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dlogp_S: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dlogp_S: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         hidden_SD, weight_VD, token_S, kept_id_E, kept_offset_S, lse_S, logit_E, row_E = ctx.saved_tensors
         g_E = (kept_id_E == token_S[row_E]).float() - (logit_E - lse_S[row_E]).exp()
         g_E *= (dlogp_S / ctx.temperature)[row_E]
@@ -145,17 +141,36 @@ class _KeptLogp(torch.autograd.Function):
         return dhidden_SD, dweight_VD, None, None, None, None
 
 
-def kept_logp_entropy(
+def _kept(
     hidden_SD: Tensor, weight_VD: Tensor, token_S: Tensor, kept_id_E: Tensor, kept_offset_S: Tensor, temperature: float
-) -> tuple[Tensor, Tensor]:
-    """kept_logp and kept_entropy from one pass; the gradient goes through the log-probabilities only."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """kept_logp, kept_entropy and what is wrong with each position, 0 for nothing."""
     (S, D), V = hidden_SD.shape, len(weight_VD)
     assert weight_VD.shape == (V, D) and weight_VD.dtype == hidden_SD.dtype, (weight_VD.shape, weight_VD.dtype)
     assert token_S.shape == (S,) and kept_offset_S.shape == (S + 1,) and kept_id_E.dim() == 1
     if S == 0:
-        return hidden_SD.sum(-1).float(), hidden_SD.new_zeros(0, dtype=torch.float32)
+        return hidden_SD.sum(-1).float(), hidden_SD.new_zeros(0, dtype=torch.float32), token_S
     tensors = (hidden_SD, weight_VD, token_S, kept_id_E, kept_offset_S)
     return _KeptLogp.apply(*(x.contiguous() for x in tensors), temperature)
+
+
+def _refuse_faults(fault_S: Tensor, V: int, E: int) -> None:
+    fault = int(fault_S.max()) if len(fault_S) else 0  # the host waits for the device
+    if fault == 1:
+        raise ValueError("a sampled token is outside its kept set: refuse such a segment when it is recorded")
+    if fault:
+        raise ValueError(f"kept ids must lie in [0, {V}), and their offsets rise from 0 to {E}")
+
+
+def kept_logp_entropy(
+    hidden_SD: Tensor, weight_VD: Tensor, token_S: Tensor, kept_id_E: Tensor, kept_offset_S: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """kept_logp and kept_entropy from one pass; the gradient goes through the log-probabilities only.
+
+    The host does not wait, so nothing is refused: a position that kept_logp refuses has NaN. Ids outside the vocabulary
+    must not go through the backward pass.
+    """
+    return _kept(hidden_SD, weight_VD, token_S, kept_id_E, kept_offset_S, temperature)[:2]
 
 
 def kept_logp(
@@ -177,7 +192,9 @@ def kept_logp(
     Raises:
         ValueError: a sampled token is not among its kept ids, or is there twice; an id outside the vocabulary.
     """
-    return kept_logp_entropy(hidden_SD, weight_VD, token_S, kept_id_E, kept_offset_S, temperature)[0]
+    logp_S, _, fault_S = _kept(hidden_SD, weight_VD, token_S, kept_id_E, kept_offset_S, temperature)
+    _refuse_faults(fault_S, len(weight_VD), len(kept_id_E))
+    return logp_S
 
 
 @torch.no_grad()
@@ -195,7 +212,9 @@ def kept_entropy(
     if (kept_offset_S.diff() < 1).any():
         raise ValueError("a position kept no id: refuse such a segment when it is recorded")
     first_S = kept_id_E[kept_offset_S[:-1]]
-    return kept_logp_entropy(hidden_SD, weight_VD, first_S, kept_id_E, kept_offset_S, temperature)[1]
+    _, entropy_S, fault_S = _kept(hidden_SD, weight_VD, first_S, kept_id_E, kept_offset_S, temperature)
+    _refuse_faults(fault_S, len(weight_VD), len(kept_id_E))
+    return entropy_S
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
@@ -318,7 +337,7 @@ class _FullLogp(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         S, V = len(hidden_SD), len(weight_VD)
         softmax = _Softmax(S, hidden_SD.device)
-        picked_S = hidden_SD.new_zeros(S, dtype=torch.float32)
+        picked_S = hidden_SD.new_full((S,), float("nan"), dtype=torch.float32)
         for columns in _chunks(S, V):
             logit_SC = _product(hidden_SD, weight_VD[columns].T)
             softmax.fold(logit_SC, None, 1 / temperature)
@@ -352,13 +371,14 @@ class _FullLogp(torch.autograd.Function):
 def full_logp_entropy(
     hidden_SD: Tensor, weight_VD: Tensor, token_S: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """full_logp and full_entropy from one pass; the gradient goes through the log-probabilities only."""
+    """full_logp and full_entropy from one pass; the gradient goes through the log-probabilities only.
+
+    The host does not wait, so nothing is refused: a token outside the vocabulary has NaN.
+    """
     (S, D), V = hidden_SD.shape, len(weight_VD)
     assert weight_VD.shape == (V, D) and weight_VD.dtype == hidden_SD.dtype and token_S.shape == (S,)
     if S == 0:
         return hidden_SD.sum(-1).float(), hidden_SD.new_zeros(0, dtype=torch.float32)
-    if ((token_S < 0) | (token_S >= V)).any():
-        raise ValueError(f"sampled tokens must lie in [0, {V})")
     return _FullLogp.apply(hidden_SD.contiguous(), weight_VD.contiguous(), token_S.contiguous(), temperature)
 
 
@@ -375,6 +395,8 @@ def full_logp(hidden_SD: Tensor, weight_VD: Tensor, token_S: Tensor, temperature
     Raises:
         ValueError: a token outside the vocabulary.
     """
+    if ((token_S < 0) | (token_S >= len(weight_VD))).any():
+        raise ValueError(f"sampled tokens must lie in [0, {len(weight_VD)})")
     return full_logp_entropy(hidden_SD, weight_VD, token_S, temperature)[0]
 
 

@@ -272,3 +272,55 @@ def _full_kl(
     logp_SV = (F.linear(hidden_SD, weight_VD).float() / temperature).log_softmax(-1)
     ref_logp_SV = (F.linear(ref_hidden_SD, ref_weight_VD).float() / temperature).log_softmax(-1)
     return (logp_SV.exp() * (logp_SV - ref_logp_SV)).sum(-1)
+
+
+def rotate_halves(q_NHD: Tensor, k_NHD: Tensor, cos_NR: Tensor, sin_NR: Tensor) -> tuple[Tensor, Tensor]:
+    """RoPE of queries and keys that pairs element i with i + R, R half the head's width.
+
+        out[i] = x[i] cos - x[i + R] sin,   out[i + R] = x[i + R] cos + x[i] sin
+
+    [Su et al., RoFormer, 2021].
+
+    Returns:
+        Two tensors of the inputs' shapes.
+    """
+    cos, sin = cos_NR[:, None], sin_NR[:, None]
+
+    def rotated(x: Tensor) -> Tensor:
+        first, second = x.chunk(2, -1)
+        return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+
+    return rotated(q_NHD), rotated(k_NHD)
+
+
+def normed_rotation(
+    q_NHD: Tensor, k_NHD: Tensor, cos_NR: Tensor, sin_NR: Tensor, q_weight_D: Tensor, k_weight_D: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """rotate_halves behind an RMSNorm of each head, as Qwen3 has it.
+
+    Returns:
+        Two tensors of the inputs' shapes.
+    """
+    q_NHD = F.rms_norm(q_NHD, q_weight_D.shape, q_weight_D, eps)
+    k_NHD = F.rms_norm(k_NHD, k_weight_D.shape, k_weight_D, eps)
+    return rotate_halves(q_NHD, k_NHD, cos_NR, sin_NR)
+
+
+def swiglu(gate_up_N2I: Tensor) -> Tensor:
+    """silu(gate) * up, where a row holds gate and then up.
+
+    Returns:
+        [N, I].
+    """
+    gate_NI, up_NI = gate_up_N2I.chunk(2, -1)
+    return F.silu(gate_NI) * up_NI
+
+
+def add_rms_norm(x_ND: Tensor, y_ND: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """s = x + y, and RMSNorm(s) = weight * s / sqrt(mean(s^2) + eps).
+
+    Returns:
+        s and its norm, both [N, D].
+    """
+    sum_ND = x_ND + y_ND
+    return sum_ND, F.rms_norm(sum_ND, weight_D.shape, weight_D, eps)

@@ -51,14 +51,18 @@ def _run(model, *, packed: bool, form: str | None = None, **options) -> tuple[Po
         ("masked", {}),
         ("masked", {"with_indexer_kl": True}),
         ("masked", {"with_indexer_kl": True, "dense_attention": True}),
+        ("masked", {"with_indexer_kl": True, "dense_attention": True, "checkpointing": True}),
         ("selected", {"with_indexer_kl": True, "checkpointing": True}),
         ("selected", {"with_indexer_kl": True, "parts": True}),
+        ("selected", {"with_indexer_kl": True, "parts": True, "checkpointing": True}),
     ],
 )
 def test_triton_forms_equal_plain_pytorch_in_outputs_and_gradients(model, form, options, monkeypatch):
     options = dict(options)
     if options.pop("parts", False):
         monkeypatch.setattr(packed_attention, "QUERIES_AT_ONCE", 12)
+        monkeypatch.setattr(packed_attention, "QUERIES_OF_A_PART", 5)
+        monkeypatch.setattr(packed_attention, "KEPT_BYTES", 0)
     expected, expected_gradients = _run(model, packed=False, **options)
     ours, gradients = _run(model, packed=True, form=form, **options)
     torch.testing.assert_close(ours.hidden_ND, expected.hidden_ND, rtol=1e-4, atol=1e-5)
@@ -69,6 +73,25 @@ def test_triton_forms_equal_plain_pytorch_in_outputs_and_gradients(model, form, 
     assert gradients.keys() == expected_gradients.keys()
     for name, gradient in expected_gradients.items():
         assert (gradients[name] - gradient).norm() <= 2e-4 * gradient.norm(), name
+
+
+@pytest.mark.parametrize(
+    ("form", "options", "function", "calls"),
+    [
+        ("selected", {"with_indexer_kl": True}, "index_topk", 1),
+        ("masked", {}, "index_topk", 1),
+        ("masked", {"with_indexer_kl": True, "dense_attention": True}, "dense_kl_gradients", 1),
+        ("selected", {"with_indexer_kl": True}, "_attend_rows", 2),  # forward, and again for the backward pass
+    ],
+)
+def test_a_layer_that_is_computed_twice_selects_once_and_attends_twice(
+    model, form, options, function, calls, monkeypatch
+):
+    count, original = [], getattr(packed_attention, function)
+    monkeypatch.setattr(packed_attention, function, lambda *a, **k: count.append(function) or original(*a, **k))
+    monkeypatch.setattr(packed_attention, "QUERIES_AT_ONCE", 4)
+    _run(model, packed=True, form=form, checkpointing=True, **options)
+    assert len(count) == calls * 2  # layers
 
 
 @needs_gpu
@@ -90,13 +113,6 @@ def test_the_ratio_is_exactly_one_after_an_update_that_changes_nothing(model, dt
 
 
 def test_spans_part_where_the_form_changes():
-    cu_seqlens = torch.tensor([0, 3, 5, 205, 206])
-    spans = packed_attention.spans_of(cu_seqlens, 16, packed_attention.choose_attend)
+    spans = packed_attention.spans_of((3, 2, 200, 1), torch.device("cpu"), 16, packed_attention.choose_attend)
     assert [span.lengths for span in spans] == [(3, 2), (200,), (1,)]
     assert spans[0].start_N.tolist() == [0, 0, 0, 3, 3] and spans[0].end_N.tolist() == [1, 2, 3, 4, 5]
-
-
-@pytest.mark.parametrize("offsets", [[1, 2], [0, 2, 2], [0]])
-def test_offsets_that_do_not_rise_are_refused(offsets):
-    with pytest.raises(ValueError, match="cu_seqlens must start at 0"):
-        packed_attention.spans_of(torch.tensor(offsets), 16, packed_attention.choose_attend)

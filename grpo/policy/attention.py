@@ -1,142 +1,26 @@
-"""Attention over packed sequences for training: DeepSeek Sparse Attention in two equal forms, and plain causal.
+"""Attention over packed sequences for training: latent attention, dense or by DeepSeek Sparse Attention in two equal
+forms, and grouped-query attention.
 
 The functions run over transformers' modules, which hold the parameters. Shape suffixes: N = tokens of all
 sequences, B = sequences of a block, T = its longest, M = key tokens (= T), H = heads, D = width, R = rotary width,
 C = latent width, V = value width, K = selected keys.
 """
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trimtab.grpo.policy.parts import Block, Part
 from trimtab.kernels import reference
 
-MAX_PADDING = 1.25
-"""Rows of a block per token in it, at most: above it, a new block costs less than the padding."""
-MAX_PAIRS = 1 << 20
-"""Query-key pairs of a block, unless it is one sequence: 4 MiB a head in fp32."""
 SPARSE_FROM = 1024
 SPARSE_FROM_TIMES_TOPK = 16
 """Sequences longer than both use the sparse form. Measured on a CPU core, forward and backward, for 24 and 64 selected
 keys: below, its gathers cost up to twice the dense form; at 2048 tokens it is 1.5 to 2 times faster."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """Neighbouring sequences of a pack that are attended to in one go, in the form that attention wants them."""
-
-    lengths: tuple[int, ...]
-    device: torch.device
-
-    @property
-    def T(self) -> int:
-        """Length of the longest."""
-        return max(self.lengths)
-
-    @property
-    def tokens(self) -> int:
-        return sum(self.lengths)
-
-    def pad(self, x_N: Tensor) -> Tensor:
-        return x_N
-
-    def unpad(self, x: Tensor) -> Tensor:
-        return x
-
-
-class Block(Part):
-    """Sequences of similar length as one rectangle [B, T]."""
-
-    @cached_property
-    def place_N(self) -> Tensor:
-        """Where each token lies in the flattened rectangle."""
-        places = [torch.arange(length) + b * self.T for b, length in enumerate(self.lengths)]
-        return torch.cat(places).to(self.device)
-
-    @cached_property
-    def row_BT(self) -> Tensor:
-        """Which token fills each place, flattened; padding repeats token 0, which no real query sees."""
-        row_BT = torch.zeros(len(self.lengths) * self.T, dtype=torch.long, device=self.device)
-        row_BT[self.place_N] = torch.arange(self.tokens, device=self.device)
-        return row_BT
-
-    @cached_property
-    def causal_TM(self) -> Tensor:
-        return torch.ones(self.T, self.T, dtype=torch.bool, device=self.device).tril()
-
-    @property
-    def rectangular(self) -> bool:
-        return self.tokens == len(self.lengths) * self.T
-
-    def pad(self, x_N: Tensor) -> Tensor:
-        """[N, ...] -> [B, T, ...]."""
-        padded: Tensor = x_N if self.rectangular else _Pad.apply(x_N, self.row_BT, self.place_N)
-        return padded.unflatten(0, (len(self.lengths), self.T))
-
-    def unpad(self, x_BT: Tensor) -> Tensor:
-        """[B, T, ...] -> [N, ...]."""
-        flat = x_BT.flatten(0, 1)
-        return flat if self.rectangular else _Unpad.apply(flat, self.place_N)
-
-
-class _Pad(torch.autograd.Function):
-    """Rows by index; the backward gathers, because padding never gets gradient (autograd's own adds row by row)."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, row: Tensor, place: Tensor) -> Tensor:
-        ctx.save_for_backward(place)
-        return x.index_select(0, row)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return grad.index_select(0, ctx.saved_tensors[0]), None, None
-
-
-class _Unpad(torch.autograd.Function):
-    """The inverse of _Pad: padding rows get zero gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, place: Tensor) -> Tensor:
-        ctx.save_for_backward(place)
-        ctx.rows = len(x)
-        return x.index_select(0, place)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        padded = grad.new_zeros(ctx.rows, *grad.shape[1:])
-        return padded.index_copy_(0, ctx.saved_tensors[0], grad), None
-
-
-def lengths_of(cu_seqlens: Tensor) -> list[int]:
-    """Tokens of each sequence.
-
-    Raises:
-        ValueError: cu_seqlens does not start at 0 or an entry is not above the one before.
-    """
-    offsets = cu_seqlens.tolist()
-    lengths = [end - start for start, end in pairwise(offsets)]
-    if offsets[:1] != [0] or not lengths or min(lengths) < 1:
-        raise ValueError(f"cu_seqlens must start at 0 and rise with every sequence, got {offsets}")
-    return lengths
-
-
-def blocks_of(cu_seqlens: Tensor) -> list[Block]:
-    """Cut a pack into blocks, in order. Sequences sorted by length pad least. Raises what lengths_of does."""
-    groups: list[list[int]] = [[]]
-    for length in lengths_of(cu_seqlens):
-        group = [*groups[-1], length]
-        rows = len(group) * max(group)
-        if groups[-1] and (rows > MAX_PADDING * sum(group) or rows * max(group) > MAX_PAIRS):
-            groups.append([length])
-        else:
-            groups[-1] = group
-    return [Block(tuple(group), cu_seqlens.device) for group in groups]
 
 
 def rms_norm(norm: nn.Module, x: Tensor) -> Tensor:
@@ -146,16 +30,45 @@ def rms_norm(norm: nn.Module, x: Tensor) -> Tensor:
     return F.rms_norm(x, weight.shape, weight, eps)
 
 
+Rotate = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(x, cos, sin) -> x turned, in x's dtype. cos and sin hold R/2 angles and broadcast over x's leading dimensions."""
+
+
 def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE that pairs element i with i + R/2. cos and sin hold R/2 angles and broadcast over x's leading dimensions."""
+    """RoPE that pairs element i with i + R/2."""
     first, second = x.chunk(2, -1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
 
 
 def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """RoPE that pairs element 2i with 2i + 1; the result holds the first elements of all pairs, then the second."""
     first, second = x[..., 0::2], x[..., 1::2]
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
+
+
+class HeadWeights(nn.Module):
+    """The indexer's weights of its heads: a product in fp32 whatever the rest computes in."""
+
+    def __init__(self, projection: nn.Module) -> None:
+        super().__init__()
+        self.weight: Any = projection.weight
+
+    def forward(self, x_ND: Tensor) -> Tensor:
+        return F.linear(x_ND.float(), self.weight.float())
+
+
+def latent_scale(config: Any) -> float:
+    """What latent attention multiplies its scores with: YaRN's magnitude squared over the root of the width.
+
+        s = (0.1 mscale_all_dim ln(factor) + 1)^2 / sqrt(qk_nope_head_dim + qk_rope_head_dim)
+
+    [DeepSeek-V2, section 3.1.4, as released]; computed here because transformers' versions differ on DeepSeek-V2.
+    """
+    rope = config.rope_parameters
+    mscale = (rope.get("rope_type", "default") != "default" and rope.get("mscale_all_dim")) or 0.0
+    magnitude = 0.1 * mscale * math.log(max(rope.get("factor", 1.0), 1.0)) + 1.0
+    scale: float = magnitude**2 / math.sqrt(config.qk_nope_head_dim + config.qk_rope_head_dim)
+    return scale
 
 
 class Index(NamedTuple):
@@ -169,21 +82,24 @@ class Index(NamedTuple):
         return reference.index_scores(self.q_BTHD, self.k_BTD, self.w_BTH, visible_TM)
 
 
-def index_projections(indexer: nn.Module, x_ND: Tensor, q_NC: Tensor, cos_NR: Tensor, sin_NR: Tensor) -> Index:
+def index_projections(
+    indexer: nn.Module, x_ND: Tensor, q_NC: Tensor, cos_NR: Tensor, sin_NR: Tensor, rotate: Rotate
+) -> Index:
     """Queries, keys and head weights of the lightning indexer [DeepSeek-V3.2-Exp, section 2].
 
-    Its rotary dimensions come first and pair halves, unlike those of the attention.
+    Its rotary dimensions come first, unlike those of the attention.
 
     Args:
         q_NC: the normalised compressed query.
+        rotate: DeepSeek pairs halves, GLM pairs neighbours.
     """
     ix: Any = indexer
     R = 2 * cos_NR.shape[-1]
     q_NHD = ix.wq_b(q_NC).unflatten(-1, (ix.n_heads, ix.head_dim))
     k_ND = ix.k_norm(ix.wk(x_ND))
-    q_rot = rotate_halves(q_NHD[..., :R], cos_NR[:, None], sin_NR[:, None])
-    k_rot = rotate_halves(k_ND[..., :R], cos_NR, sin_NR)
-    w_NH = ix.weights_proj(x_ND.to(ix.weights_proj.weight.dtype)).float() * (ix.n_heads**-0.5 * ix.head_dim**-0.5)
+    q_rot = rotate(q_NHD[..., :R], cos_NR[:, None], sin_NR[:, None])
+    k_rot = rotate(k_ND[..., :R], cos_NR, sin_NR)
+    w_NH = ix.weights_proj(x_ND) * (ix.n_heads**-0.5 * ix.head_dim**-0.5)
     return Index(torch.cat([q_rot, q_NHD[..., R:]], -1), torch.cat([k_rot, k_ND[..., R:]], -1), w_NH)
 
 
@@ -245,18 +161,7 @@ def choose_attend(T: int, topk: int) -> Attend:
     return attend_sparse if max(SPARSE_FROM, SPARSE_FROM_TIMES_TOPK * topk) < T else attend_dense
 
 
-def causal_mha(q_BTHD: Tensor, k_BTHD: Tensor, v_BTHV: Tensor, scale: float) -> Tensor:
-    """Causal attention over all keys; fewer key heads than query heads are shared in order.
-
-    Returns:
-        [B, T, H, V].
-    """
-    q, k, v = (x.transpose(1, 2) for x in (q_BTHD, k_BTHD, v_BTHV))
-    grouped = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped).transpose(1, 2)
-
-
-def sparse_attention(
+def latent_attention(
     mla: nn.Module,
     x_ND: Tensor,
     rotary: tuple[Tensor, Tensor],
@@ -264,9 +169,11 @@ def sparse_attention(
     *,
     topk: int,
     with_indexer_kl: bool,
+    index_rotate: Rotate,
     choose: Callable[[int, int], Attend] = choose_attend,
 ) -> tuple[Tensor, Tensor | None]:
-    """DeepSeek Sparse Attention over a pack [DeepSeek-V3.2-Exp, eq. 1-4].
+    """Multi-head latent attention over a pack, and where it has more than topk keys to choose from, DeepSeek Sparse
+    Attention [DeepSeek-V2, section 2.1; DeepSeek-V3.2-Exp, eq. 1-4].
 
     The indexer reads detached inputs and learns from its KL alone; nothing else learns from the KL. Where no query
     has more than topk keys there is nothing to select.
@@ -276,17 +183,16 @@ def sparse_attention(
     """
     m: Any = mla
     cos_NR, sin_NR = rotary
-    q_NC = rms_norm(m.q_a_layernorm, m.q_a_proj(x_ND))
-    q_nope, q_rope = (
-        m.q_b_proj(q_NC).unflatten(-1, (m.num_heads, -1)).split([m.qk_nope_head_dim, m.qk_rope_head_dim], -1)
-    )
+    q_NC = x_ND if m.q_lora_rank is None else rms_norm(m.q_a_layernorm, m.q_a_proj(x_ND))
+    q_proj = m.q_proj if m.q_lora_rank is None else m.q_b_proj
+    q_nope, q_rope = q_proj(q_NC).unflatten(-1, (m.num_heads, -1)).split([m.qk_nope_head_dim, m.qk_rope_head_dim], -1)
     q_NHD = torch.cat([q_nope, rotate_pairs(q_rope, cos_NR[:, None], sin_NR[:, None])], -1)
     latent_NC, k_rope_NR = m.kv_a_proj_with_mqa(x_ND).split([m.kv_lora_rank, m.qk_rope_head_dim], -1)
     latents = (q_NHD, rms_norm(m.kv_a_layernorm, latent_NC), rotate_pairs(k_rope_NR, cos_NR, sin_NR))
     index: Index | tuple[()] = ()
     if with_indexer_kl or any(topk < part.T for part in parts):
         with torch.set_grad_enabled(with_indexer_kl and torch.is_grad_enabled()):
-            index = index_projections(m.indexer, x_ND.detach(), q_NC.detach(), cos_NR, sin_NR)
+            index = index_projections(m.indexer, x_ND.detach(), q_NC.detach(), cos_NR, sin_NR, index_rotate)
     sizes = [part.tokens for part in parts]
     outs, kls = [], []
     for part, *tensors in zip(parts, *(x.split(sizes) for x in (*latents, *index)), strict=True):
@@ -299,8 +205,8 @@ def sparse_attention(
     return m.o_proj(torch.cat(outs)), torch.cat(kls) if kls else None
 
 
-def full_attention(attention: nn.Module, x_ND: Tensor, rotary: tuple[Tensor, Tensor], blocks: Sequence[Part]) -> Tensor:
-    """Causal attention of Llama and Qwen3 over a pack; Qwen3 normalises queries and keys.
+def full_attention(attention: nn.Module, x_ND: Tensor, rotary: tuple[Tensor, Tensor], parts: Sequence[Part]) -> Tensor:
+    """Causal grouped-query attention over a pack; Qwen3 normalises queries and keys.
 
     Returns:
         [N, D].
@@ -311,9 +217,9 @@ def full_attention(attention: nn.Module, x_ND: Tensor, rotary: tuple[Tensor, Ten
         q_NHD, k_NHD = rms_norm(a.q_norm, q_NHD), rms_norm(a.k_norm, k_NHD)
     cos, sin = (angle[:, None] for angle in rotary)
     q_NHD, k_NHD = rotate_halves(q_NHD, cos, sin), rotate_halves(k_NHD, cos, sin)
-    sizes = [block.tokens for block in blocks]
-    outs = []
-    for block, *parts in zip(blocks, *(x.split(sizes) for x in (q_NHD, k_NHD, v_NHD)), strict=True):
-        q, k, v = (block.pad(part) for part in parts)
-        outs.append(block.unpad(causal_mha(q, k, v, a.scaling).flatten(-2)))
+    sizes = [part.tokens for part in parts]
+    outs = [
+        part.causal_mha(q, k, v, a.scaling).flatten(-2)
+        for part, q, k, v in zip(parts, *(x.split(sizes) for x in (q_NHD, k_NHD, v_NHD)), strict=True)
+    ]
     return a.o_proj(torch.cat(outs))

@@ -30,8 +30,24 @@ def top_experts_in_groups(score_NE: Tensor, bias_E: Tensor, k: int, *, groups: i
         [N, K] int64.
     """
     choice_NGE = (score_NE + bias_E).unflatten(-1, (groups, -1))
-    best_NG = choice_NGE.topk(2, dim=-1).values.sum(-1).topk(kept_groups, dim=-1).indices
-    kept_NG = torch.zeros(choice_NGE.shape[:-1], dtype=torch.bool, device=score_NE.device).scatter(-1, best_NG, True)
+    return _top_experts_of(choice_NGE, choice_NGE.topk(2, dim=-1).values.sum(-1), k, kept_groups)
+
+
+def top_experts_in_best_groups(score_NE: Tensor, k: int, *, groups: int, kept_groups: int) -> Tensor:
+    """Ids of the k best experts of each token within its best groups: the choice of DeepSeek-V2.
+
+    A group is worth its best expert. [DeepSeek-V2, section 2.2.2].
+
+    Returns:
+        [N, K] int64.
+    """
+    score_NGE = score_NE.unflatten(-1, (groups, -1))
+    return _top_experts_of(score_NGE, score_NGE.amax(-1), k, kept_groups)
+
+
+def _top_experts_of(choice_NGE: Tensor, worth_NG: Tensor, k: int, kept_groups: int) -> Tensor:
+    best_NG = worth_NG.topk(kept_groups, dim=-1).indices
+    kept_NG = torch.zeros_like(worth_NG, dtype=torch.bool).scatter(-1, best_NG, True)
     return top_experts(choice_NGE.masked_fill(~kept_NG[..., None], float("-inf")).flatten(-2), k)
 
 
@@ -59,11 +75,11 @@ def mix_experts(x_ND: Tensor, ids_NK: Tensor, weight_NK: Tensor, gate_up_E2ID: T
     Returns:
         [N, D] in x's dtype.
     """
-    flat_R = ids_NK.flatten()
-    order_R = flat_R.argsort(stable=True)
+    sorted_R, order_R = ids_NK.flatten().sort(stable=True)
     place_R = torch.empty_like(order_R)
     place_R[order_R] = torch.arange(len(order_R), device=order_R.device)
-    end_E = torch.bincount(flat_R, minlength=len(down_EDI)).cumsum(0).int()
+    expert_E = torch.arange(len(down_EDI), device=sorted_R.device)
+    end_E = torch.searchsorted(sorted_R, expert_E, right=True).int()  # bincount would wait for the GPU
     x_RD: Tensor = _Dispatch.apply(x_ND, order_R, place_R)
     weight_R: Tensor = _Dispatch.apply(weight_NK.flatten().to(x_ND.dtype), order_R, place_R)
     gate_RI, up_RI = F.grouped_mm(x_RD, gate_up_E2ID.transpose(1, 2), offs=end_E).chunk(2, -1)
@@ -92,39 +108,69 @@ class _Dispatch(torch.autograd.Function):
         return (back if ctx.copies == 1 else back.unflatten(0, (-1, ctx.copies)).sum(1)), None, None
 
 
-def deepseek_moe(mlp: nn.Module, x_ND: Tensor, routes_NK: Tensor | None) -> tuple[Tensor, Tensor]:
-    """DeepSeek-V3's block: sigmoid scores, group-limited choice, one shared expert.
+class Router(nn.Module):
+    """transformers' gate with its parameters, in fp32 whatever the rest computes in. Each family has its scores, its
+    choice and what becomes of the chosen scores.
+    """
+
+    def __init__(self, gate: nn.Module, config: Any) -> None:
+        super().__init__()
+        self.weight: Any = gate.weight
+        self.top_k: int = config.num_experts_per_tok
+        self.normalise: bool = config.norm_topk_prob
+        self.scale: float = getattr(config, "routed_scaling_factor", 1.0)
+
+    def scores(self, logit_NE: Tensor) -> Tensor:
+        return logit_NE.softmax(-1)
+
+    def choose(self, score_NE: Tensor) -> Tensor:
+        return top_experts(score_NE, self.top_k)
+
+    def forward(self, x_ND: Tensor, routes_NK: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The experts used [N, K], which are routes_NK or the router's own choice, and their weights [N, K] fp32."""
+        score_NE = self.scores(F.linear(x_ND.float(), self.weight.float()))
+        ids_NK = self.choose(score_NE.detach()) if routes_NK is None else routes_NK
+        return ids_NK, gate_weights(score_NE, ids_NK, normalise=self.normalise, scale=self.scale)
+
+
+class DeepseekV2Router(Router):
+    """Softmax scores, the best of all or of the best groups; never normalised."""
+
+    def __init__(self, gate: nn.Module, config: Any) -> None:
+        super().__init__(gate, config)
+        limited = config.topk_method == "group_limited_greedy"
+        self.groups: int = config.n_group if limited else 1
+        self.kept_groups: int = config.topk_group if limited else 1
+
+    def choose(self, score_NE: Tensor) -> Tensor:
+        return top_experts_in_best_groups(score_NE, self.top_k, groups=self.groups, kept_groups=self.kept_groups)
+
+
+class DeepseekV3Router(Router):
+    """Sigmoid scores, the best of the best groups under a load-balancing bias."""
+
+    def __init__(self, gate: nn.Module, config: Any) -> None:
+        super().__init__(gate, config)
+        self.groups: int = config.n_group
+        self.kept_groups: int = config.topk_group
+        bias_E: Any = gate.e_score_correction_bias
+        self.register_buffer("e_score_correction_bias", bias_E)
+
+    def scores(self, logit_NE: Tensor) -> Tensor:
+        return logit_NE.sigmoid()
+
+    def choose(self, score_NE: Tensor) -> Tensor:
+        bias_E: Any = self.e_score_correction_bias
+        return top_experts_in_groups(score_NE, bias_E, self.top_k, groups=self.groups, kept_groups=self.kept_groups)
+
+
+def routed_mlp(mlp: nn.Module, x_ND: Tensor, routes_NK: Tensor | None) -> tuple[Tensor, Tensor]:
+    """A block of routed experts, and of the shared ones that some families add.
 
     Returns:
         The output [N, D] and the experts used [N, K]: routes_NK, or the router's own choice.
     """
-    gate: Any = mlp.gate
-    score_NE = F.linear(x_ND.float(), gate.weight.float()).sigmoid()
-    if routes_NK is None:
-        routes_NK = top_experts_in_groups(
-            score_NE.detach(),
-            gate.e_score_correction_bias,
-            gate.top_k,
-            groups=gate.num_group,
-            kept_groups=gate.topk_group,
-        )
-    weight_NK = gate_weights(score_NE, routes_NK, normalise=gate.norm_topk_prob, scale=gate.routed_scaling_factor)
-    experts: Any = mlp.experts
-    mixed_ND = mix_experts(x_ND, routes_NK, weight_NK, experts.gate_up_proj, experts.down_proj)
-    shared: Any = mlp.shared_experts
-    return mixed_ND + shared(x_ND), routes_NK
-
-
-def qwen_moe(mlp: nn.Module, x_ND: Tensor, routes_NK: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Qwen3-MoE's block: softmax scores, the best experts of all.
-
-    Returns:
-        The output [N, D] and the experts used [N, K]: routes_NK, or the router's own choice.
-    """
-    gate: Any = mlp.gate
-    score_NE = F.linear(x_ND, gate.weight).float().softmax(-1)
-    if routes_NK is None:
-        routes_NK = top_experts(score_NE.detach(), gate.top_k)
-    weight_NK = gate_weights(score_NE, routes_NK, normalise=gate.norm_topk_prob)
-    experts: Any = mlp.experts
-    return mix_experts(x_ND, routes_NK, weight_NK, experts.gate_up_proj, experts.down_proj), routes_NK
+    m: Any = mlp
+    ids_NK, weight_NK = m.gate(x_ND, routes_NK)
+    mixed_ND = mix_experts(x_ND, ids_NK, weight_NK, m.experts.gate_up_proj, m.experts.down_proj)
+    return mixed_ND + m.shared_experts(x_ND) if hasattr(m, "shared_experts") else mixed_ND, ids_NK
