@@ -263,10 +263,12 @@ class DsaAttention(nn.Module, AttentionLayerBase):
         """What _project does, in a launch for all that lies between two products."""
         from trimtab.kernels.decoder import latent_rows, rotate_queries
 
-        ix, cache = self.indexer, self.kv_cache.flatten(0, 1)
+        ix = self.indexer
         if slot_N is None:  # a dry run before there is a cache
             slot_N = torch.full((len(x),), -1, device=x.device)
             cache = x.new_empty(1, self.C + self.R + self.D)
+        else:
+            cache = self.kv_cache.flatten(0, 1)
         gains = self.q_a_layernorm.weight, self.kv_a_layernorm.weight, ix.k_norm.weight, ix.k_norm.bias
         compressed = latent_rows(F.linear(x, self._down), *gains, turn, slot_N, cache, ix.k_norm.eps)
         up = F.linear(compressed, self._up)
