@@ -179,7 +179,8 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
 
     torch.nn.utils.clip_grad_norm_ in its arithmetic, without its pass through DTensor for each parameter.
     """
-    sharded, plain = [], []
+    sharded: list[Tensor] = []
+    plain: list[Tensor] = []
     for parameter in parameters:
         if parameter.grad is not None:
             (sharded if isinstance(parameter.grad, DTensor) else plain).append(local(parameter.grad))
@@ -213,6 +214,9 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]
 
 
 def _like(parameter: nn.Parameter, value: Any) -> Any:
-    if not isinstance(parameter, DTensor) or not isinstance(value, Tensor) or value.shape != parameter.shape:
+    if not isinstance(value, Tensor) or value.shape != parameter.shape:
         return value  # a count of steps
-    return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
+    value = value.to(parameter.device, copy=True)
+    if not isinstance(parameter, DTensor):
+        return value
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements)

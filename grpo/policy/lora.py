@@ -43,7 +43,8 @@ def adapt(policy: Policy, *, rank: int, alpha: float, targets: Sequence[str], se
     if rank < 1:
         raise ValueError(f"lora.rank must be at least 1, got {rank}")
     chosen = resolve(policy, targets)
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=chosen, exclude_modules=["lm_head"])
+    scale: Any = alpha  # peft says int and takes any number
+    config = LoraConfig(r=rank, lora_alpha=scale, target_modules=chosen)
     policy.requires_grad_(False)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
