@@ -59,7 +59,7 @@ def step_of(mla: nn.Module, rotary_embedding: nn.Module, N: int, *, dense: bool,
     cos, sin = rotary_embedding(x_ND, torch.arange(N, device=DEVICE)[None])
     half = cos.shape[-1] // 2
     rotary = cos[0, :, :half], sin[0, :, :half]
-    spans = spans_of(torch.tensor([0, N], device=DEVICE), topk, choose_attend)
+    spans = spans_of([N], torch.device(DEVICE), topk, choose_attend)
 
     def step() -> None:
         x_ND.grad = None

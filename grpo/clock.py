@@ -1,7 +1,7 @@
 """Where the seconds of a rollout batch go. Imports no torch."""
 
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import ParamSpec, TypeVar
 
@@ -18,6 +18,12 @@ PHASES = (
 )
 """`rollout` is the time in which at least one request of the policy's is under way in an engine; `rewards` what is left
 of playing a batch: environments, rewards and judges that sampling did not hide."""
+
+
+def metrics(seconds: Mapping[str, float]) -> dict[str, float]:
+    """Seconds by phase under the names of metrics.jsonl, such as seconds/forward_and_backward."""
+    return {f"seconds/{name.replace(' ', '_')}": value for name, value in seconds.items()}
+
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -1,6 +1,6 @@
 """What a person sees while a run goes on: a live table on a terminal, one line a step elsewhere."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
@@ -9,6 +9,10 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from trimtab.grpo.advice import advice
+from trimtab.grpo.clock import PHASES
+from trimtab.grpo.config import Config
+
 COLUMNS: tuple[tuple[str, str, str], ...] = (  # header, metric, format
     ("KL", "kl", "{:.3f}"),
     ("mismatch KL", "mismatch_kl", "{:.0e}"),
@@ -16,8 +20,9 @@ COLUMNS: tuple[tuple[str, str, str], ...] = (  # header, metric, format
     ("kept ids", "kept_mean", "{:.2f}"),
     ("kept one", "kept_singletons", "{:.0%}"),
     ("routes", "route_coverage", "{:.0%}"),
-    ("rollout tok/s", "rollout_tokens_per_s", "{:.0f}"),
-    ("train tok/s", "train_tokens_per_s", "{:.0f}"),
+    ("rollout tok/s", "tokens_per_s/rollout", "{:.0f}"),
+    ("train tok/s", "tokens_per_s/train", "{:.0f}"),
+    ("MFU", "mfu", "{:.0%}"),
     ("s", "seconds", "{:.1f}"),
 )
 
@@ -25,8 +30,10 @@ COLUMNS: tuple[tuple[str, str, str], ...] = (  # header, metric, format
 class LiveTable:
     """The last steps of a run, newest at the bottom. Use as a context manager."""
 
-    def __init__(self, domains: Sequence[str], steps: int, console: Console):
-        self._domains, self._steps, self._console = domains, steps, console
+    def __init__(self, config: Config, console: Console):
+        self._config, self._console = config, console
+        self._domains, self._steps = list(config.domains), config.steps
+        self._advice: str | None = None
         self._rows: list[Mapping[str, Any]] = []
         self._live = Live(console=console, auto_refresh=False) if console.is_terminal else None
 
@@ -43,12 +50,16 @@ class LiveTable:
 
     def show(self, metrics: Mapping[str, Any]) -> None:
         self._rows.append(metrics)
+        before, self._advice = self._advice, advice(metrics, self._config)
         if self._live:
             self._live.update(self._table(), refresh=True)
             return
         rewards = "  ".join(f"{domain} {_cell(metrics, f'reward/{domain}', '{:.3f}')}" for domain in self._domains)
         others = "  ".join(f"{header} {_cell(metrics, key, form)}" for header, key, form in COLUMNS)
-        self._console.print(f"step {metrics['step'] + 1}/{self._steps}  {rewards}  {others}", soft_wrap=True)
+        step = f"step {metrics['step'] + 1}/{self._steps}"
+        self._console.print("  ".join([step, rewards, others, *details(metrics)]), soft_wrap=True)
+        if self._advice and self._advice.partition(":")[0] != (before or "").partition(":")[0]:  # once, not every step
+            self._console.print(f"advice: {self._advice}", soft_wrap=True)
 
     def _table(self) -> Table:
         table = Table(title=f"reward by domain, of {self._steps} steps", box=SIMPLE_HEAD, padding=0, pad_edge=False)
@@ -58,7 +69,41 @@ class LiveTable:
             rewards = (_cell(row, f"reward/{domain}", "{:.2f}") for domain in self._domains)
             others = (_cell(row, key, form) for _, key, form in COLUMNS)
             table.add_row(str(row["step"] + 1), *rewards, *others)
+        advised = [f"advice: {self._advice}"] if self._advice else []
+        table.caption = "\n".join([*details(self._rows[-1]), *advised])
+        table.caption_justify = "left"
         return table
+
+
+def details(metrics: Mapping[str, Any]) -> list[str]:
+    """What a batch took in seconds, memory and recorded bytes, as far as it is known."""
+    return [line for line in (phases(metrics), memory(metrics), recorded(metrics)) if line]
+
+
+def phases(metrics: Mapping[str, Any]) -> str:
+    """Seconds of a batch by phase, the longest first; what is below a hundredth of it is left out."""
+    seconds = {name: metrics.get(f"seconds/{name.replace(' ', '_')}", 0.0) for name in PHASES}
+    least = sum(seconds.values()) / 100
+    longest = sorted(seconds.items(), key=lambda item: -item[1])
+    return ", ".join(f"{name} {value:.1f} s" for name, value in longest if value > least)
+
+
+def memory(metrics: Mapping[str, Any]) -> str:
+    """Peak GPU memory by owner."""
+    names = {"trainer": "memory/trainer_gib", "engine": "memory/engine_gib"}
+    return ", ".join(f"{owner} {metrics[key]:.1f} GiB" for owner, key in names.items() if key in metrics)
+
+
+def recorded(metrics: Mapping[str, Any]) -> str:
+    """What routes and masks came to, and what handling them took."""
+    names = [name for name in ("routes", "masks") if metrics.get(f"{name}/bytes")]
+    parts = (f"{name} {metrics[f'{name}/bytes'] / 2**20:.1f} MiB" + _took(metrics, name) for name in names)
+    return ", ".join(parts)
+
+
+def _took(metrics: Mapping[str, Any], name: str) -> str:
+    key = f"{name}/seconds"
+    return f" in {1000 * metrics[key]:.0f} ms" if key in metrics else ""
 
 
 def _cell(metrics: Mapping[str, Any], key: str, form: str) -> str:

@@ -15,6 +15,9 @@ from trimtab.rollout import play
 from trimtab.rollout.context import Format
 from trimtab.rollout.types import Group
 
+HELD_OUT_ATTEMPTS = 20
+"""Draws for one held-out prompt, before a task is taken to have no more."""
+
 
 @dataclass(frozen=True, slots=True)
 class Draw:
@@ -58,13 +61,24 @@ def draw_step(config: Config, tasks: Mapping[str, Task], step: int) -> list[Draw
 
 
 def draw_held_out(config: Config, tasks: Mapping[str, Task]) -> list[Draw]:
-    """The held-out prompts: the same for every run, whatever its seed."""
+    """The held-out prompts: the same for every run, whatever its seed, and none twice where the task can tell.
+
+    A task can tell if what makes its environments compares equal for equal prompts (a frozen dataclass does).
+    """
     fixed = replace(config, seed=0)
-    return [
-        _draw(fixed, tasks, name, f"held_out-{name}-{i}", held_out=True)
-        for name in config.domains
-        for i in range(config.held_out)
-    ]
+    return [draw for name in config.domains for draw in _distinct(fixed, tasks, name)]
+
+
+def _distinct(config: Config, tasks: Mapping[str, Task], domain: str) -> list[Draw]:
+    """As many different draws as the domain's tasks give, at most config.held_out."""
+    found: list[Draw] = []
+    for i in range(config.held_out * HELD_OUT_ATTEMPTS):
+        draw = _draw(config, tasks, domain, f"held_out-{domain}-{i}", held_out=True)
+        if all(draw.make_env != other.make_env for other in found):
+            found.append(draw)
+        if len(found) == config.held_out:
+            break
+    return found
 
 
 def _draw(config: Config, tasks: Mapping[str, Task], domain: str, name: str, *, held_out: bool) -> Draw:
@@ -156,3 +170,13 @@ def scores(groups: Iterable[Group], config: Config) -> dict[str, float]:
         part = config.domains[group.domain].score
         values[group.domain] += [episode.rewards.get(part, 0.0) for episode in group.episodes]
     return {name: sum(v) / max(len(v), 1) for name, v in values.items()}
+
+
+def prompt_scores(groups: Iterable[Group], config: Config) -> dict[str, dict[str, float]]:
+    """By domain and prompt, the mean of the score part over the prompt's episodes: what intervals are made of."""
+    means: dict[str, dict[str, float]] = {name: {} for name in config.domains}
+    for group in groups:
+        part = config.domains[group.domain].score
+        earned = [episode.rewards.get(part, 0.0) for episode in group.episodes]
+        means[group.domain][group.name] = sum(earned) / len(earned)
+    return means

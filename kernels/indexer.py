@@ -22,14 +22,28 @@ CONTRIBUTION_BYTES = 1 << 29
 """Largest tensor of gradients per (query, key) that the backward of selected_scores holds at a time."""
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit
+def _tile_scores(
+    k, k_scale, q_ptr, w_ptr, i, H: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Scores of a tile of keys for query i. Every score is made here, so its bits depend on the tile's size alone."""
+    h, d = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_D)
+    at = i * H
+    w = tl.load(w_ptr + at + h, mask=h < H, other=0.0).to(tl.float32)
+    q = tl.load(q_ptr + (at + h[:, None]) * D + d, mask=(h[:, None] < H) & (d < D), other=0.0)
+    each = tl.maximum(tl.dot(k, tl.trans(q), input_precision=PRECISION), 0.0)
+    return tl.sum(each * w, 1) * k_scale
+
+
+@triton.jit(do_not_specialize=["N", "M", "WIDTH"])
 def _index_scores_kernel(
-    q_ptr, k_ptr, w_ptr, k_scale_ptr, row_ptr, start_ptr, end_ptr, score_ptr, N, M, k_stride,
+    q_ptr, k_ptr, w_ptr, k_scale_ptr, row_ptr, start_ptr, end_ptr, score_ptr, N, M, WIDTH, k_stride,
     H: tl.constexpr, D: tl.constexpr, FILL: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     m0, n0 = tl.program_id(0) * BLOCK_M, tl.program_id(1).to(tl.int64) * BLOCK_N
-    m, h, d = m0 + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_D)
+    m, d = m0 + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     n1 = tl.minimum(n0 + BLOCK_N, N)
 
     n = n0 + tl.arange(0, BLOCK_N)
@@ -39,7 +53,7 @@ def _index_scores_kernel(
     if FILL:
         for hidden in range(n0, n1):
             if (hidden < first) | (hidden >= last):
-                tl.store(score_ptr + hidden * M + m, float("-inf"), mask=m < M)
+                tl.store(score_ptr + hidden * WIDTH + m, float("-inf"), mask=m < M)
     if first >= last:
         return
 
@@ -51,36 +65,84 @@ def _index_scores_kernel(
     if k_scale_ptr is not None:
         scale = tl.load(k_scale_ptr + row, mask=m < M, other=0.0)
     for i in range(first, last):
-        at = i * H
-        w = tl.load(w_ptr + at + h, mask=h < H, other=0.0).to(tl.float32)
         start, end = tl.load(start_ptr + i), tl.load(end_ptr + i)
-        q = tl.load(q_ptr + (at + h[:, None]) * D + d, mask=(h[:, None] < H) & (d < D), other=0.0)
-        each = tl.maximum(tl.dot(k, tl.trans(q), input_precision=PRECISION), 0.0)
-        score = tl.where((m >= start) & (m < end), tl.sum(each * w, 1) * scale, float("-inf"))
-        tl.store(score_ptr + i * M + m, score, mask=m < M)
+        score = _tile_scores(k, scale, q_ptr, w_ptr, i, H, D, PRECISION, BLOCK_H, BLOCK_D)
+        visible = (m >= start) & (m < end)
+        if FILL:
+            tl.store(score_ptr + i * WIDTH + m, tl.where(visible, score, float("-inf")), mask=m < M)
+        else:  # the columns count from the first visible key
+            tl.store(score_ptr + i * WIDTH + (m - start), score, mask=visible & (m < M) & (m - start < WIDTH))
+
+
+@triton.jit(do_not_specialize=["WIDTH"])
+def _paged_scores_kernel(
+    q_ptr, k_ptr, w_ptr, page_ptr, length_ptr, score_ptr, WIDTH, k_stride, pages,
+    H: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    b = tl.program_id(1).to(tl.int64)
+    m0 = tl.program_id(0) * BLOCK_M
+    length = tl.minimum(tl.load(length_ptr + b), WIDTH)
+    if m0 >= length:
+        return
+    m, d = m0 + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+    page = tl.load(page_ptr + b * pages + m // PAGE, mask=m < length, other=0)
+    row = page.to(tl.int64) * PAGE + m % PAGE
+    k = tl.load(k_ptr + row[:, None] * k_stride + d, mask=(m[:, None] < length) & (d < D), other=0.0)
+    score = _tile_scores(k, 1.0, q_ptr, w_ptr, b, H, D, PRECISION, BLOCK_H, BLOCK_D)
+    tl.store(score_ptr + b * WIDTH + m, score, mask=m < length)
 
 
 def _scores(
-    q_NHD: Tensor, k_MD: Tensor, w_NH: Tensor, start_N: Tensor, end_N: Tensor, score_NM: Tensor,
+    q_NHD: Tensor, k_MD: Tensor, w_NH: Tensor, start_N: Tensor, end_N: Tensor, score_NL: Tensor,
     k_scale_M: Tensor | None, row_M: Tensor | None, *, fill: bool,
 ) -> None:  # fmt: skip
-    """Write the scores of visible keys to score_NM, and -inf to the others: to all of them if asked to fill.
+    """Write the scores of visible keys to score_NL: with fill that of key m to column m, and -inf to the others; else
+    to column m - start, and nothing else.
 
     Tiles depend on H, D and the type only, never on N or M: a score is the same to the bit in any batch.
     """
-    (N, H, D), M = q_NHD.shape, score_NM.shape[1]
-    assert k_MD.dtype == q_NHD.dtype and k_MD.shape[1] == D and k_MD.stride(1) == 1, (k_MD.shape, k_MD.dtype)
-    assert w_NH.shape == (N, H) and start_N.shape == end_N.shape == (N,), (w_NH.shape, start_N.shape, end_N.shape)
-    assert start_N.dtype == end_N.dtype == torch.int32 and score_NM.is_contiguous()
+    N, M = len(q_NHD), len(k_MD) if row_M is None else len(row_M)
+    assert start_N.shape == end_N.shape == (N,), (start_N.shape, end_N.shape)
+    assert start_N.dtype == end_N.dtype == torch.int32 and score_NL.is_contiguous()
+    assert row_M is None or row_M.dtype == torch.int64, row_M
+    block_m, launch, constants = _tiles(q_NHD, k_MD, w_NH)
     if N == 0 or M == 0:
         return
-    q_NHD, w_NH, start_N, end_N = q_NHD.contiguous(), w_NH.contiguous(), start_N.contiguous(), end_N.contiguous()
-    block_h, block_d = _padded(H), _padded(D)
-    block_m, warps, stages = (32, 8, 2) if q_NHD.dtype == torch.float32 else (256, 8, 3)
     _index_scores_kernel[(triton.cdiv(M, block_m), triton.cdiv(N, 64))](
-        q_NHD, k_MD, w_NH, k_scale_M, row_M, start_N, end_N, score_NM, N, M, k_MD.stride(0),
-        H, D, fill, _precision(q_NHD), block_h, block_d, block_m, 64, num_warps=warps, num_stages=stages,
+        q_NHD.contiguous(), k_MD, w_NH.contiguous(), k_scale_M, None if row_M is None else row_M.contiguous(),
+        start_N.contiguous(), end_N.contiguous(), score_NL, N, M, score_NL.shape[1], k_MD.stride(0),
+        *q_NHD.shape[1:], fill, *constants, block_m, 64, **launch,
     )  # fmt: skip
+
+
+def _tiles(q_NHD: Tensor, k_MD: Tensor, w_NH: Tensor) -> tuple[int, dict[str, int], tuple[str, int, int]]:
+    """Keys of a tile, launch options, and (precision, padded heads, padded width): of H, D and the type alone.
+
+    Raises:
+        ValueError: q and k differ in type, or w in shape.
+    """
+    check_index(q_NHD, k_MD, w_NH)
+    assert k_MD.stride(1) == 1, k_MD.stride()
+    _, H, D = q_NHD.shape
+    block_m, warps, stages = (32, 8, 2) if q_NHD.dtype == torch.float32 else (256, 8, 3)
+    return block_m, {"num_warps": warps, "num_stages": stages}, (_precision(q_NHD), _padded(H), _padded(D))
+
+
+def check_index(q_NHD: Tensor, k_MD: Tensor, w_NH: Tensor) -> None:
+    """Refuse an index whose parts do not fit. The head weights may be of a wider type than q and k.
+
+    Raises:
+        ValueError: q and k differ in type or width, or w is not [N, H].
+    """
+    N, H, D = q_NHD.shape
+    if k_MD.dtype != q_NHD.dtype or k_MD.shape[1] != D:
+        raise ValueError(
+            f"the indexer's queries are {q_NHD.dtype}, {D} wide, and its keys {k_MD.dtype}, {k_MD.shape[1]} wide: "
+            "they must be of one type and width; head weights alone may be float32 beside narrower ones"
+        )
+    if w_NH.shape != (N, H) or not w_NH.is_floating_point():
+        raise ValueError(f"the index weights must be [{N}, {H}] floats, not {w_NH.dtype} {tuple(w_NH.shape)}")
 
 
 def _padded(width: int) -> int:
@@ -113,7 +175,7 @@ def index_scores(q_NHD: Tensor, k_MD: Tensor, w_NH: Tensor, start_N: Tensor, end
 @torch.no_grad()
 def index_topk(
     q_NHD: Tensor, k_MD: Tensor, w_NH: Tensor, start_N: Tensor, end_N: Tensor, topk: int, *,
-    k_scale_M: Tensor | None = None, row_M: Tensor | None = None,
+    longest: int | None = None, k_scale_M: Tensor | None = None, row_M: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """The topk visible keys with the best index scores: higher score first, then lower position. No gradient.
 
@@ -121,6 +183,8 @@ def index_topk(
     depend on the other queries of the call.
 
     Args:
+        longest: keys of the longest range, end - start, if the host knows: scores are kept for no more, so that a
+            pack of many sequences takes few launches. All keys otherwise.
         q_NHD, k_MD: fp32, fp16, bf16 or float8_e4m3fn.
         w_NH: head weights times every scale of q, as quantize_fp8 says.
         k_scale_M: float32 scale of each row of k.
@@ -130,18 +194,60 @@ def index_topk(
         [N, topk] int32 positions m, ascending, padded with -1.
 
     Raises:
-        ValueError: topk_ids cannot serve this topk.
+        ValueError: topk_ids cannot serve this topk; q and k differ in type, or w in shape.
     """
     N, M = len(q_NHD), len(k_MD) if row_M is None else len(row_M)
     assert k_scale_M is None or (k_scale_M.shape == (len(k_MD),) and k_scale_M.is_contiguous()), k_scale_M
-    rows = max(1, min(N, SCORES_AT_ONCE // max(1, M)))
-    score_RM = torch.empty(rows, M, dtype=torch.float32, device=q_NHD.device)
-    parts = []
-    for q, w, start, end in zip(*(x.split(rows) for x in (q_NHD, w_NH, start_N, end_N)), strict=True):
-        score = score_RM[: len(q)]
+    width = M if longest is None else min(longest, M)
+    rows = max(1, min(N, SCORES_AT_ONCE // max(1, width)))
+    score_RL = torch.empty(rows, width, dtype=torch.float32, device=q_NHD.device)
+    count_N, parts = end_N - start_N, []
+    for q, w, start, end, count in zip(*(x.split(rows) for x in (q_NHD, w_NH, start_N, end_N, count_N)), strict=True):
+        score = score_RL[: len(q)]
         _scores(q, k_MD, w, start, end, score, k_scale_M, row_M, fill=False)
-        parts.append(topk_ids(score, topk, start_N=start, end_N=end))
+        parts.append(topk_ids(score, topk, count_N=count, first_N=start))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+@torch.no_grad()
+def paged_topk(
+    q_BHD: Tensor,
+    k_RD: Tensor,
+    w_BH: Tensor,
+    page_BP: Tensor,
+    length_B: Tensor,
+    topk: int,
+    *,
+    page_size: int,
+    width: int,
+) -> Tensor:
+    """index_topk of a decoding step: query b sees the length[b] tokens of its sequence, where a paged cache holds them.
+
+    Table and lengths are read on the device and no shape depends on them, so a CUDA graph can hold the call. Scores
+    have the bits of index_topk's.
+
+    Args:
+        k_RD: the rows of the whole cache; token m of sequence b lies in row page[b, m // size] * size + m % size.
+        page_BP, length_B: int32; a sequence of length 0 selects nothing.
+        width: the longest length there can be.
+
+    Returns:
+        [B, topk] int32 rows of the cache, in ascending order of position, padded with -1.
+
+    Raises:
+        ValueError: as index_topk does.
+    """
+    B = len(q_BHD)
+    assert page_BP.dtype == length_B.dtype == torch.int32 and length_B.is_contiguous(), (page_BP.dtype, length_B.dtype)
+    assert page_BP.stride(1) == 1 and page_BP.shape[1] * page_size >= width, (page_BP.shape, page_size, width)
+    block_m, launch, constants = _tiles(q_BHD, k_RD, w_BH)
+    score_BL = torch.empty(B, width, dtype=torch.float32, device=q_BHD.device)
+    if B:
+        _paged_scores_kernel[(triton.cdiv(width, block_m), B)](
+            q_BHD.contiguous(), k_RD, w_BH.contiguous(), page_BP, length_B, score_BL, width, k_RD.stride(0),
+            page_BP.stride(0), *q_BHD.shape[1:], page_size, *constants, block_m, **launch,
+        )  # fmt: skip
+    return topk_ids(score_BL, topk, count_N=length_B, page_NP=page_BP, page_size=page_size)
 
 
 @triton.jit
@@ -294,10 +400,12 @@ def selected_scores(q_NHD: Tensor, k_MD: Tensor, w_NH: Tensor, ids_NK: Tensor) -
 
     Returns:
         [N, K] float32.
+
+    Raises:
+        ValueError: q and k differ in type or width, or w in shape.
     """
-    N, H, D = q_NHD.shape
-    assert k_MD.shape[1] == D and k_MD.dtype == q_NHD.dtype and w_NH.shape == (N, H), (k_MD.shape, w_NH.shape)
-    assert ids_NK.dtype == torch.int32 and len(ids_NK) == N, (ids_NK.dtype, ids_NK.shape)
+    check_index(q_NHD, k_MD, w_NH)
+    assert ids_NK.dtype == torch.int32 and len(ids_NK) == len(q_NHD), (ids_NK.dtype, ids_NK.shape)
     if k_MD.stride(1) != 1:
         k_MD = k_MD.contiguous()
     return _SelectedScores.apply(q_NHD.contiguous(), k_MD, w_NH.contiguous(), ids_NK.contiguous())

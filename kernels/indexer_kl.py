@@ -4,6 +4,11 @@ Shape suffixes: N = queries of all packed sequences, M = keys, H = heads, D = he
 K = selected keys of a query, P = parts of the queries. In the loss the indexer has its own H and D.
 """
 
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -11,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from trimtab.kernels.hopper import indexer_kl as indexer_kl_hopper
-from trimtab.kernels.indexer import index_scores
+from trimtab.kernels.indexer import check_index, index_scores
 from trimtab.kernels.masked_mha import (
     LOG2_E,
     large_tiles,
@@ -146,6 +151,7 @@ def dense_prob(q_NHD: Tensor, k_MHD: Tensor, lse_NH: Tensor, start_N: Tensor, en
     assert k_MHD.shape == (M, H, D) and lse_NH.shape == (N, H), (q_NHD.shape, k_MHD.shape, lse_NH.shape)
     assert start_N.shape == end_N.shape == (N,) and q_NHD.dtype == k_MHD.dtype, (start_N.shape, q_NHD.dtype)
     q_NHD, k_MHD = q_NHD.detach().contiguous(), k_MHD.detach().contiguous()
+    lse_NH, start_N, end_N = lse_NH.contiguous(), start_N.contiguous(), end_N.contiguous()
     prob_NM = torch.empty(N, M, dtype=torch.float32, device=q_NHD.device)
     if indexer_kl_hopper.supported(q_NHD, (64, 128, 192)):
         indexer_kl_hopper.dense_prob(q_NHD, k_MHD, lse_NH, start_N, end_N, scale * LOG2_E, prob_NM)
@@ -154,7 +160,7 @@ def dense_prob(q_NHD: Tensor, k_MHD: Tensor, lse_NH: Tensor, start_N: Tensor, en
     BLOCK_N, BLOCK_M, warps, stages = (128, 128, 8, 2) if large else (32, 32, 4, 1)
     precision = "ieee" if q_NHD.dtype == torch.float32 else None
     _dense_prob_kernel[(triton.cdiv(N, BLOCK_N), triton.cdiv(M, BLOCK_M))](
-        q_NHD, k_MHD, lse_NH.contiguous(), start_N, end_N, prob_NM, N, M, H, scale * LOG2_E, D, *split_width(D),
+        q_NHD, k_MHD, lse_NH, start_N, end_N, prob_NM, N, M, H, scale * LOG2_E, D, *split_width(D),
         BLOCK_N, BLOCK_M, precision, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return prob_NM
@@ -322,8 +328,24 @@ def _index_key_gradient(
     return dk_PMD.sum(0)
 
 
-def _chunks(start_N: Tensor, end_N: Tensor, M: int) -> list[tuple[slice, slice]]:
-    """Queries in chunks of at most SCORES_AT_ONCE scores, each with the keys from the first to the last it sees."""
+Chunk = tuple[slice, slice]
+"""Some queries, and the keys from the first to the last that any of them sees."""
+
+
+def chunks_of(lengths: Sequence[int]) -> list[Chunk]:
+    """Packed causal sequences of these lengths, in chunks of at most SCORES_AT_ONCE scores; asks no GPU."""
+    total = sum(lengths)
+    rows = max(1, SCORES_AT_ONCE // max(1, total))
+    ends = list(accumulate(lengths))
+    starts = [end - length for end, length in zip(ends, lengths, strict=True)]
+    first = [starts[bisect_right(ends, n)] for n in range(0, total, rows)]
+    return [
+        (slice(i * rows, min((i + 1) * rows, total)), slice(m, min((i + 1) * rows, total))) for i, m in enumerate(first)
+    ]
+
+
+def _chunks(start_N: Tensor, end_N: Tensor, M: int) -> list[Chunk]:
+    """Queries of any ranges in chunks of at most SCORES_AT_ONCE scores."""
     if not len(start_N):
         return []
     rows = max(1, SCORES_AT_ONCE // max(M, 1))
@@ -333,40 +355,80 @@ def _chunks(start_N: Tensor, end_N: Tensor, M: int) -> list[tuple[slice, slice]]
     return [(slice(i * rows, (i + 1) * rows), slice(a, b)) for i, (a, b) in enumerate(spans) if a < b]
 
 
-class _DenseIndexerKl(torch.autograd.Function):
+class DenseKl(NamedTuple):
+    """The warm-up's loss of each query, and its gradients for queries of weight 1."""
+
+    kl_N: Tensor
+    dq_NHD: Tensor
+    dk_MD: Tensor
+    dw_NH: Tensor
+
+
+@torch.no_grad()
+def dense_kl_gradients(
+    index_q_NHD: Tensor, index_k_MD: Tensor, index_w_NH: Tensor, q_NHD: Tensor, k_MHD: Tensor, lse_NH: Tensor,
+    start_N: Tensor, end_N: Tensor, scale: float, *, chunks: Sequence[Chunk] | None = None,
+) -> DenseKl:  # fmt: skip
+    """What dense_indexer_kl computes: its value and, in the same pass, its gradients.
+
+    Args:
+        chunks: chunks_of the packed sequences, if the host knows them; finding the ranges' ends waits for a GPU.
+
+    Raises:
+        ValueError: q and k of the index differ in type or width, or w in shape.
+    """
+    check_index(index_q_NHD, index_k_MD, index_w_NH)
+    assert len(index_k_MD) == len(k_MHD) and len(q_NHD) == len(index_q_NHD), (index_k_MD.shape, k_MHD.shape)
+    assert start_N.dtype == end_N.dtype == torch.int32, (start_N.dtype, end_N.dtype)
+    index_q, index_k, index_w, q_NHD, k_MHD, lse_NH, start_N, end_N = (
+        x.detach().contiguous() for x in (index_q_NHD, index_k_MD, index_w_NH, q_NHD, k_MHD, lse_NH, start_N, end_N)
+    )
+    kl_N = torch.zeros(len(q_NHD), dtype=torch.float32, device=q_NHD.device)
+    dq, dw = torch.zeros_like(index_q), torch.zeros_like(index_w)
+    dk = torch.zeros_like(index_k, dtype=torch.float32)
+    for n, m in _chunks(start_N, end_N, len(k_MHD)) if chunks is None else chunks:
+        start, end = start_N[n] - m.start, end_N[n] - m.start
+        inputs = index_q[n], index_k[m], index_w[n]
+        score = index_scores(*inputs, start, end)
+        prob = dense_prob(q_NHD[n], k_MHD[m], lse_NH[n], start, end, scale)
+        _kl(score, prob, start, end, kl_N[n])
+        dscore = _score_gradient(score, prob, start, end)
+        _index_query_gradient(*inputs, dscore, start, end, dq[n], dw[n])
+        dk[m] += _index_key_gradient(*inputs, dscore, start, end)
+    return DenseKl(kl_N, dq, dk, dw)
+
+
+class _Weighted(torch.autograd.Function):
+    """A loss whose gradients are known, for queries of one weight."""
+
     @staticmethod
     def forward(
-        ctx, index_q: Tensor, index_k: Tensor, index_w: Tensor, q_NHD: Tensor, k_MHD: Tensor, lse_NH: Tensor,
-        start_N: Tensor, end_N: Tensor, scale: float,
+        ctx, index_q: Tensor, index_k: Tensor, index_w: Tensor, kl_N: Tensor, dq: Tensor, dk: Tensor, dw: Tensor,
+        sees_N: Tensor,
     ) -> Tensor:  # fmt: skip
-        kl_N = torch.zeros(len(q_NHD), dtype=torch.float32, device=q_NHD.device)
-        if learns := any(ctx.needs_input_grad):
-            dq, dw = torch.zeros_like(index_q), torch.zeros_like(index_w)
-            dk = torch.zeros_like(index_k, dtype=torch.float32)
-            ctx.save_for_backward(dq, dk, dw, start_N < end_N)
-        for n, m in _chunks(start_N, end_N, len(k_MHD)):
-            start, end = start_N[n] - m.start, end_N[n] - m.start
-            inputs = index_q[n], index_k[m], index_w[n]
-            score = index_scores(*inputs, start, end)
-            prob = dense_prob(q_NHD[n], k_MHD[m], lse_NH[n], start, end, scale)
-            _kl(score, prob, start, end, kl_N[n])
-            if learns:
-                dscore = _score_gradient(score, prob, start, end)
-                _index_query_gradient(*inputs, dscore, start, end, dq[n], dw[n])
-                dk[m] += _index_key_gradient(*inputs, dscore, start, end)
-        return kl_N
+        ctx.save_for_backward(dq, dk, dw, sees_N)
+        return kl_N.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dkl_N: Tensor) -> tuple[Tensor | None, ...]:
         dq, dk, dw, sees_N = ctx.saved_tensors
+        if not len(sees_N):
+            return dq, dk.to(dq.dtype), dw, *[None] * 5
         lowest, weight = torch.stack(
             [dkl_N.masked_fill(~sees_N, float("inf")).min(), dkl_N.masked_fill(~sees_N, float("-inf")).max()]
         ).tolist()
         if lowest < weight:
             raise ValueError(f"queries weigh from {lowest} to {weight}: give those that do not count an empty range")
         weight = 0.0 if lowest > weight else weight  # no query has keys
-        return dq * weight, (dk * weight).to(dq.dtype), dw * weight, *[None] * 6
+        return dq * weight, (dk * weight).to(dq.dtype), dw * weight, *[None] * 5
+
+
+def weighted_kl(
+    index_q_NHD: Tensor, index_k_MD: Tensor, index_w_NH: Tensor, made: DenseKl, start_N: Tensor, end_N: Tensor
+) -> Tensor:
+    """dense_indexer_kl from what dense_kl_gradients made: where a layer is computed twice, that need be made once."""
+    return _Weighted.apply(index_q_NHD, index_k_MD, index_w_NH, *made, start_N < end_N)
 
 
 def dense_indexer_kl(
@@ -402,11 +464,6 @@ def dense_indexer_kl(
     Raises:
         ValueError: in the backward pass, the gradient is not the same for every query that has keys.
     """
-    (N, H, D), M = index_q_NHD.shape, len(k_MHD)
-    assert index_k_MD.shape == (M, D) and index_w_NH.shape == (N, H) and len(q_NHD) == N
-    assert start_N.dtype == end_N.dtype == torch.int32, (start_N.dtype, end_N.dtype)
-    assert index_q_NHD.dtype == index_k_MD.dtype, (index_q_NHD.dtype, index_k_MD.dtype)
-    return _DenseIndexerKl.apply(
-        index_q_NHD.contiguous(), index_k_MD.contiguous(), index_w_NH.contiguous(), q_NHD.detach().contiguous(),
-        k_MHD.detach().contiguous(), lse_NH.detach().contiguous(), start_N.contiguous(), end_N.contiguous(), scale,
-    )  # fmt: skip
+    index = index_q_NHD, index_k_MD, index_w_NH
+    made = dense_kl_gradients(*index, q_NHD, k_MHD, lse_NH, start_N, end_N, scale)
+    return weighted_kl(*index, made, start_N, end_N)

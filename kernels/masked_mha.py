@@ -92,21 +92,26 @@ def _selection_bits_kernel(
         word = m // 32 - start // 32
         bit = (tl.full([BLOCK], 1, tl.int32) << (m % 32)).to(tl.int32)
         # setting bits commutes: the order of these atomics does not show
-        tl.atomic_or(bits_ptr + n * W + word, bit, mask=(m >= start) & (m < end), sem="relaxed")
+        tl.atomic_or(bits_ptr + n * W + word, bit, mask=(m >= start) & (m < end) & (word < W), sem="relaxed")
 
 
-def selection_bits(ids_NK: Tensor, start_N: Tensor, end_N: Tensor) -> Tensor:
+def selection_bits(ids_NK: Tensor, start_N: Tensor, end_N: Tensor, longest: int | None = None) -> Tensor:
     """The selection as bits, 32 keys a word, counted from the word that holds the first visible key.
 
         bit b of word w of row n  =  key 32 * (start[n] // 32 + w) + b is selected and visible
 
+    Args:
+        longest: keys of the longest range, end - start, if the host knows; finding out waits for a GPU.
+
     Returns:
-        [N, W] int32, W as the widest visible range needs.
+        [N, W] int32, W as the widest visible range needs, wherever in a word it starts.
     """
     N, K = ids_NK.shape
     assert start_N.shape == end_N.shape == (N,), (ids_NK.shape, start_N.shape, end_N.shape)
-    widest = int((end_N - start_N // 32 * 32).max()) if N else 0
-    bits_NW = torch.zeros(N, max(1, triton.cdiv(widest, 32)), dtype=torch.int32, device=ids_NK.device)
+    start_N, end_N = start_N.contiguous(), end_N.contiguous()
+    if longest is None:
+        longest = int((end_N - start_N).max()) if N else 0
+    bits_NW = torch.zeros(N, triton.cdiv(max(1, longest) + 31, 32), dtype=torch.int32, device=ids_NK.device)
     if bits_NW.numel():
         block = min(1024, triton.next_power_of_2(max(K, 1)))
         ids_NK = ids_NK.to(torch.int32).contiguous()
@@ -426,6 +431,8 @@ def masked_mha(
     start_N: Tensor,
     end_N: Tensor,
     scale: float,
+    *,
+    longest: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of each query to its selected keys, or to every key m with start[n] <= m < end[n].
 
@@ -437,20 +444,25 @@ def masked_mha(
     Args:
         ids_NK: selected keys, unique in a row, -1 unused; None for all visible keys. Ids out of range are dropped.
         start_N, end_N: int32; an empty range is legal.
+        longest: keys of the longest range, if the host knows; with a selection, finding out waits for a GPU.
 
     Returns:
         O [N, H, V] in q's dtype, zero for a query without keys; lse [N, H] float32, natural logarithm, then -inf.
 
     Raises:
-        ValueError: the scale is not positive.
+        ValueError: the scale is not positive, or q, k and v are of more than one type.
     """
     (N, H, D), M = q_NHD.shape, len(k_MHD)
     assert k_MHD.shape == (M, H, D) and v_MHV.shape[:2] == (M, H), (q_NHD.shape, k_MHD.shape, v_MHV.shape)
     assert start_N.shape == end_N.shape == (N,), (start_N.shape, end_N.shape)
-    assert q_NHD.dtype == k_MHD.dtype == v_MHV.dtype, (q_NHD.dtype, k_MHD.dtype, v_MHV.dtype)
     assert start_N.dtype == end_N.dtype == torch.int32, (start_N.dtype, end_N.dtype)
+    if not q_NHD.dtype == k_MHD.dtype == v_MHV.dtype:
+        raise ValueError(
+            f"queries are {q_NHD.dtype}, keys {k_MHD.dtype} and values {v_MHV.dtype}: they must be of one type; "
+            "torch.autocast mixes them, so leave it off (ACCELERATE_MIXED_PRECISION=no)"
+        )
     if scale <= 0:
         raise ValueError(f"scale must be positive, not {scale}")
     start_N, end_N = start_N.contiguous(), end_N.contiguous()
-    bits_NW = None if ids_NK is None else selection_bits(ids_NK, start_N, end_N)
+    bits_NW = None if ids_NK is None else selection_bits(ids_NK, start_N, end_N, longest)
     return _MaskedMha.apply(q_NHD.contiguous(), k_MHD.contiguous(), v_MHV.contiguous(), bits_NW, start_N, end_N, scale)

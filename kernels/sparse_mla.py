@@ -4,8 +4,7 @@ Shape suffixes: N = query tokens, M = key tokens, H = heads, V = value width, R 
 row, K = selected keys per query.
 
 A row has a value part, which also serves as the value, and a rope part. Kernels treat each part in blocks whose
-widths are powers of two: V = 512 and R = 64 become columns [0, 256), [256, 512) and [512, 576). An unused id (-1)
-reads row 0 and is masked in the scores.
+widths are powers of two: V = 512 and R = 64 become columns [0, 256), [256, 512) and [512, 576).
 """
 
 from types import ModuleType
@@ -27,11 +26,11 @@ DQ_TILES = {16: (2, 64, 4), 32: (1, 64, 8), 64: (2, 64, 4), 128: (2, 128, 8)}
 """Programs per query, keys at once and warps of _dq_kernel by its heads: the fastest of those measured on an H200."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "K", "SPLITS"])
 def _forward_kernel(
-    q_ptr, kv_ptr, ids_ptr, out_ptr, lse_ptr, N, H, K, kv_stride, scale,
+    q_ptr, kv_ptr, ids_ptr, used_ptr, out_ptr, lse_ptr, N, H, K, SPLITS, kv_stride, scale,
     V: tl.constexpr, R: tl.constexpr, WIDTH: tl.constexpr, WIDTH_R: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     blocks_h = tl.cdiv(H, BLOCK_H)
     n = (tl.program_id(0) // blocks_h).to(tl.int64)
@@ -54,13 +53,16 @@ def _forward_kernel(
 
     tiles = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLITS)
     begin, end = split * tiles * BLOCK_K, tl.minimum((split + 1) * tiles * BLOCK_K, K)
+    if used_ptr is not None:
+        end = tl.minimum(end, tl.load(used_ptr + n))
     ids = tl.load(ids_ptr + n * K + begin + j, mask=begin + j < end, other=-1)
     for first in range(begin, end, BLOCK_K):
         k_row = kv_ptr + tl.maximum(ids, 0).to(tl.int64)[:, None] * kv_stride
-        k0 = tl.load(k_row + c0, mask=(c0 < V)[None, :], other=0.0)
-        k1 = tl.load(k_row + c1, mask=(c1 < V)[None, :], other=0.0)
-        kr = tl.load(k_row + V + r, mask=(r < R)[None, :], other=0.0)
         hidden = ids < 0
+        used = ~hidden[:, None]
+        k0 = tl.load(k_row + c0, mask=used & (c0 < V)[None, :], other=0.0)
+        k1 = tl.load(k_row + c1, mask=used & (c1 < V)[None, :], other=0.0)
+        kr = tl.load(k_row + V + r, mask=used & (r < R)[None, :], other=0.0)
         after = first + BLOCK_K + j
         ids = tl.load(ids_ptr + n * K + after, mask=after < end, other=-1)  # ahead of the rows it points to
         score = tl.dot(qr, tl.trans(kr), input_precision=PRECISION)
@@ -87,10 +89,10 @@ def _forward_kernel(
     tl.store(out_row + c1, (o1 * norm).to(dtype), mask=(h < H)[:, None] & (c1 < V))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["ROWS", "SPLITS"])
 def _combine_kernel(
-    part_ptr, part_lse_ptr, out_ptr, lse_ptr, ROWS,
-    V: tl.constexpr, BLOCK_V: tl.constexpr, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr,
+    part_ptr, part_lse_ptr, out_ptr, lse_ptr, ROWS, SPLITS,
+    V: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     s, v = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_V)
@@ -100,17 +102,23 @@ def _combine_kernel(
     total = tl.sum(tl.exp(lse - shift), 0)
     total = tl.where(total > 0.0, total, 1.0)  # no key: O = 0, lse = -inf
     out = tl.zeros((BLOCK_V,), tl.float32)
-    for split in range(SPLITS):
+    for split in range(0, SPLITS):
         weight = tl.exp(tl.load(part_lse_ptr + split * ROWS + row) - shift)
-        out += weight * tl.load(part_ptr + (split * ROWS + row) * V + v, mask=v < V, other=0.0)
+        width = tl.where(weight > 0.0, V, 0)  # most parts of a short sequence hold no key
+        out += weight * tl.load(part_ptr + (split * ROWS + row) * V + v, mask=v < width, other=0.0)
     tl.store(out_ptr + row * V + v, (out / total).to(out_ptr.dtype.element_ty), mask=v < V)
     tl.store(lse_ptr + row, top + tl.log(total))
 
 
 def _forward(
-    q_NHC: Tensor, kv_MC: Tensor, ids_NK: Tensor, value_dim: int, scale: float, splits: int | None = None
-) -> tuple[Tensor, Tensor]:
-    """Attention and its log-sum-exp; the keys of a query are split over programs where there are few queries."""
+    q_NHC: Tensor, kv_MC: Tensor, ids_NK: Tensor, value_dim: int, scale: float, splits: int | None = None,
+    used_N: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Attention and its log-sum-exp; the keys of a query are split over programs where there are few queries.
+
+    Args:
+        used_N: int32; no id at or after this position of a row is used.
+    """
     (N, H, C), K = q_NHC.shape, ids_NK.shape[1]
     half = q_NHC.element_size() == 2
     BLOCK_H = _heads_at_once(H) if half else 16
@@ -131,14 +139,14 @@ def _forward(
         part = torch.empty(splits, N, H, value_dim, dtype=torch.float32, device=q_NHC.device)
         part_lse = torch.empty(splits, N, H, dtype=torch.float32, device=q_NHC.device)
     _forward_kernel[(programs, splits)](
-        q_NHC, kv_MC, ids_NK, part, part_lse, N, H, K, kv_MC.stride(0), scale * LOG2E,
+        q_NHC, kv_MC, ids_NK, used_N, part, part_lse, N, H, K, splits, kv_MC.stride(0), scale * LOG2E,
         value_dim, C - value_dim, _width(value_dim, 2), _width(C - value_dim, 1),
-        BLOCK_H, BLOCK_K, splits, _precision(q_NHC), num_warps=8 if BLOCK_H == 64 else 4, num_stages=2,
+        BLOCK_H, BLOCK_K, _precision(q_NHC), num_warps=8 if BLOCK_H == 64 else 4, num_stages=2,
     )  # fmt: skip
     if splits > 1:
         _combine_kernel[(N * H,)](
-            part, part_lse, out_NHV, lse_NH, N * H, value_dim, triton.next_power_of_2(value_dim),
-            splits, triton.next_power_of_2(splits),
+            part, part_lse, out_NHV, lse_NH, N * H, splits, value_dim, triton.next_power_of_2(value_dim),
+            max(16, triton.next_power_of_2(splits)),
         )  # fmt: skip
     return out_NHV, lse_NH
 
@@ -154,10 +162,12 @@ def _hopper(q_NHC: Tensor, kv_MC: Tensor, value_dim: int) -> ModuleType | None:
 
 
 def _splits(programs: int, tiles: int, device: torch.device) -> int:
-    """Parts into which the keys of a query are split so that few programs still fill the GPU."""
+    """Parts into which the keys of a query are split so that few programs still fill the GPU: a power of two, of the
+    sizes of the call and the GPU alone, so that equal calls have equal bits."""
     if device.type != "cuda":
         return 1
-    return max(1, min(tiles, torch.cuda.get_device_properties(device).multi_processor_count // max(1, programs)))
+    room = torch.cuda.get_device_properties(device).multi_processor_count // max(1, programs)
+    return 1 << (max(1, min(tiles, room)).bit_length() - 1)
 
 
 def _heads_at_once(H: int) -> int:
@@ -214,18 +224,19 @@ def _row_grad_kernel(
     grad_row = grad_ptr + (n * H + h[:, None]) * V
     used_h = (h < H)[:, None]
 
+    used = (ids >= 0)[:, None]
     score = tl.zeros((BLOCK_K, HEADS), tl.float32)
     dprob = tl.zeros((BLOCK_K, HEADS), tl.float32)
     for first in tl.range(0, V, BLOCK_C, num_stages=STAGES):
         c = first + tl.arange(0, BLOCK_C)
-        k = tl.load(k_row + c, mask=(c < V)[None, :], other=0.0)
+        k = tl.load(k_row + c, mask=used & (c < V)[None, :], other=0.0)
         q = tl.load(q_row + c, mask=used_h & (c < V), other=0.0)
         grad = tl.load(grad_row + c, mask=used_h & (c < V), other=0.0)
         score = tl.dot(k, tl.trans(q), score, input_precision=PRECISION)
         dprob = tl.dot(k, tl.trans(grad), dprob, input_precision=PRECISION)
     for first in tl.range(V, C, BLOCK_C, num_stages=1):
         c = first + tl.arange(0, BLOCK_C)
-        k = tl.load(k_row + c, mask=(c < C)[None, :], other=0.0)
+        k = tl.load(k_row + c, mask=used & (c < C)[None, :], other=0.0)
         q = tl.load(q_row + c, mask=used_h & (c < C), other=0.0)
         score = tl.dot(k, tl.trans(q), score, input_precision=PRECISION)
 
@@ -238,7 +249,6 @@ def _row_grad_kernel(
     tl.store(dscore_row, dscore, mask=(j < K)[:, None])
 
     out_row = out_ptr + slot[:, None] * C
-    used = (ids >= 0)[:, None]
     for first in tl.range(0, V, BLOCK_C, num_stages=STAGES):
         c = first + tl.arange(0, BLOCK_C)
         q = tl.load(q_row + c, mask=used_h & (c < V), other=0.0)
@@ -270,8 +280,9 @@ def _dq_kernel(
     ids = tl.load(ids_ptr + n * K + j, mask=j < K, other=-1)
     for first in range(0, K, BLOCK_K):
         k_row = kv_ptr + tl.maximum(ids, 0).to(tl.int64)[:, None] * kv_stride
-        k = tl.load(k_row + c, mask=(c < V)[None, :], other=0.0)
-        kr = tl.load(k_row + V + r, mask=(r < R)[None, :], other=0.0)
+        used = (ids >= 0)[:, None]
+        k = tl.load(k_row + c, mask=used & (c < V)[None, :], other=0.0)
+        kr = tl.load(k_row + V + r, mask=used & (r < R)[None, :], other=0.0)
         slot = n * K + first + j
         dscore = tl.load(dscore_ptr + slot[:, None] * HEADS + h, mask=(first + j < K)[:, None], other=0.0)
         after = first + BLOCK_K + j
@@ -378,6 +389,31 @@ def sparse_mla(q_NHC: Tensor, kv_MC: Tensor, ids_NK: Tensor, value_dim: int, sca
     Raises:
         ValueError: widths or dtypes of q and kv differ, ids is not [N, K], or value_dim is not in 1..C.
     """
+    kv_MC = _checked(q_NHC, kv_MC, ids_NK, value_dim)
+    return _SparseMLA.apply(q_NHC.contiguous(), kv_MC, ids_NK.contiguous(), value_dim, scale)
+
+
+@torch.no_grad()
+def decode_mla(q_BHC: Tensor, kv_MC: Tensor, ids_BK: Tensor, used_B: Tensor, value_dim: int, scale: float) -> Tensor:
+    """sparse_mla of a decoding step, without gradient: shapes and launches depend on those of the arguments alone, so
+    a CUDA graph can hold the call, and the same call outside has the same bits.
+
+    Args:
+        used_B: int32; no id at or after this position of a row is used. It is read on the device.
+
+    Returns:
+        O [B, H, value_dim]; zero for a query without keys.
+
+    Raises:
+        ValueError: as sparse_mla does.
+    """
+    kv_MC = _checked(q_BHC, kv_MC, ids_BK, value_dim)
+    assert used_B.dtype == torch.int32 and used_B.is_contiguous() and len(used_B) == len(q_BHC), used_B
+    return _forward(q_BHC.contiguous(), kv_MC, ids_BK.contiguous(), value_dim, scale, used_N=used_B)[0]
+
+
+def _checked(q_NHC: Tensor, kv_MC: Tensor, ids_NK: Tensor, value_dim: int) -> Tensor:
+    """kv with its columns side by side. Raises what sparse_mla does."""
     (N, _, C), dtype = q_NHC.shape, q_NHC.dtype
     if kv_MC.shape[-1] != C or kv_MC.dtype != dtype:
         raise ValueError(f"q {tuple(q_NHC.shape)} {dtype} does not fit kv {tuple(kv_MC.shape)} {kv_MC.dtype}")
@@ -385,5 +421,4 @@ def sparse_mla(q_NHC: Tensor, kv_MC: Tensor, ids_NK: Tensor, value_dim: int, sca
         raise ValueError(f"ids must be [{N}, K], not {tuple(ids_NK.shape)}")
     if not 1 <= value_dim <= C:
         raise ValueError(f"value_dim must be in 1..{C}, not {value_dim}")
-    kv_MC = kv_MC if kv_MC.stride(1) == 1 else kv_MC.contiguous()
-    return _SparseMLA.apply(q_NHC.contiguous(), kv_MC, ids_NK.contiguous(), value_dim, scale)
+    return kv_MC if kv_MC.stride(1) == 1 else kv_MC.contiguous()

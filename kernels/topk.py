@@ -63,18 +63,18 @@ def _threshold(score, topk):
     return low_value
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "stride"])
 def _mark_kernel(
-    score_ptr, start_ptr, end_ptr, above_ptr, tied_ptr, M, stride, topk, BLOCK: tl.constexpr,
+    score_ptr, count_ptr, above_ptr, tied_ptr, M, stride, topk, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A bit for every score: of the first word if it is above the threshold of its segment, of the second if on it."""
     n, segment = tl.program_id(0).to(tl.int64), tl.program_id(1)
     first, last = segment * BLOCK, M
-    if start_ptr is not None:
-        first, last = tl.maximum(first, tl.load(start_ptr + n)), tl.minimum(last, tl.load(end_ptr + n))
+    if count_ptr is not None:
+        last = tl.minimum(last, tl.load(count_ptr + n))
     word, bit = tl.arange(0, BLOCK // 32), tl.arange(0, 32)
     at = (n * tl.num_programs(1) + segment) * (BLOCK // 32) + word
-    if last <= first:  # most segments of a packed batch
+    if last <= first:
         tl.store(above_ptr + at, 0)
         tl.store(tied_ptr + at, 0)
         return
@@ -94,11 +94,12 @@ def _ones(word):
     return ((((word + (word >> 4)) & 0x0F0F0F0F) * 0x01010101) >> 24).to(tl.int32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride"])
 def _write_kernel(
-    above_ptr, tied_ptr, score_ptr, name_ptr, id_ptr, value_ptr, stride, topk, WORDS: tl.constexpr,
+    above_ptr, tied_ptr, score_ptr, name_ptr, first_ptr, page_ptr, id_ptr, value_ptr, stride, pages, topk,
+    WORDS: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
-    """Positions of all set bits of the first words and, in order of position, of the second while there is room."""
+    """Names of all set bits of the first words and, in order of position, of the second while there is room."""
     n, segment = tl.program_id(0).to(tl.int64), tl.program_id(1)
     row = n * tl.num_programs(1) + segment
     i = tl.arange(0, WORDS)
@@ -114,6 +115,10 @@ def _write_kernel(
         taken = (left != 0) & ((tied_before < room) | ~is_tied)
         at = 32 * (segment * WORDS + i) + (lowest.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
         name = at
+        if first_ptr is not None:
+            name += tl.load(first_ptr + n)
+        if page_ptr is not None:
+            name = tl.load(page_ptr + n * pages + at // PAGE, mask=taken, other=0) * PAGE + at % PAGE
         if name_ptr is not None:
             name = tl.load(name_ptr + n * stride + at, mask=taken, other=0)
         tl.store(id_ptr + slot, name, mask=taken)
@@ -133,45 +138,62 @@ def topk_ids(
     score_NM: Tensor,
     topk: int,
     *,
-    start_N: Tensor | None = None,
-    end_N: Tensor | None = None,
+    count_N: Tensor | None = None,
+    first_N: Tensor | None = None,
+    page_NP: Tensor | None = None,
+    page_size: int = 1,
     segment: int = SEGMENT,
 ) -> Tensor:
-    """Positions of the topk best scores of each row in a total order: higher score, then lower position.
+    """Names of the topk best scores of each row in a total order: higher score, then lower position.
 
     -0.0 equals 0.0; -inf and NaN are never selected. A longer row than a segment is cut: the best of each segment,
-    in order of position, compete again, which selects the same set.
+    in order of position, compete again, which selects the same set. Shapes follow from those of the arguments alone,
+    so a CUDA graph can hold the call.
 
     Args:
         score_NM: float32, N rows of M scores; a row stride larger than M is fine.
-        start_N, end_N: int32; scores outside start <= m < end are neither read nor selected.
+        count_N: int32; scores at and after this position are neither read nor selected.
+        first_N: int32; the name of a position is itself plus this, or itself.
+        page_NP: int32, with a name for every page_size positions: that of m is page[m // size] * size + m % size,
+            which is a cache's row. Not with first_N.
         segment: a power of two; tests make it small.
 
     Returns:
-        [N, topk] int32, ascending, padded with -1 at the end.
+        [N, topk] int32 names, in ascending order of position, padded with -1 at the end.
 
     Raises:
         ValueError: topk is not positive, or above half a segment for rows that must be cut.
     """
     N, M = score_NM.shape
     assert score_NM.dtype == torch.float32 and (score_NM.stride(1) == 1 or M <= 1), (score_NM.dtype, score_NM.stride())
-    assert (start_N is None) == (end_N is None) and segment & (segment - 1) == 0 and segment <= SEGMENT, segment
+    assert segment & (segment - 1) == 0 and segment <= SEGMENT and (first_N is None or page_NP is None), segment
+    assert page_NP is None or (page_NP.dtype == torch.int32 and page_NP.stride(1) == 1 and len(page_NP) == N), page_NP
     if topk < 1 or (segment < M and 2 * topk > segment):
         raise ValueError(f"topk must be positive, and at most {segment // 2} for more than {segment} keys: {topk}")
     if N == 0 or M == 0:
         return torch.full((N, topk), -1, dtype=torch.int32, device=score_NM.device)
-    value, name = score_NM, None
+    count_N, first_N = _plain(count_N), _plain(first_N)
+    value, name, pages = score_NM, None, 0 if page_NP is None else page_NP.stride(0)
     while True:
         width = value.shape[1]
         block = max(64, min(segment, triton.next_power_of_2(width)))
         segments = triton.cdiv(width, block)
-        marks = torch.empty(2, N, segments * block // 32, dtype=torch.uint32, device=score_NM.device)
-        ids = torch.empty(N, segments * topk, dtype=torch.int32, device=score_NM.device)
-        best = torch.empty(ids.shape, dtype=torch.float32, device=score_NM.device) if segments > 1 else None
+        above, tied = (torch.empty(N, segments * block // 32, dtype=torch.uint32, device=value.device) for _ in "at")
+        ids = torch.empty(N, segments * topk, dtype=torch.int32, device=value.device)
+        best = torch.empty(ids.shape, dtype=torch.float32, device=value.device) if segments > 1 else None
         grid, stride = (N, segments), value.stride(0)
         warps = max(1, min(16, block // 1024))
-        _mark_kernel[grid](value, start_N, end_N, marks[0], marks[1], width, stride, topk, block, num_warps=warps)
-        _write_kernel[grid](marks[0], marks[1], value, name, ids, best, stride, topk, block // 32, num_warps=4)
+        _mark_kernel[grid](value, count_N, above, tied, width, stride, topk, block, num_warps=warps)
+        _write_kernel[grid](
+            above, tied, value, name, first_N, page_NP, ids, best, stride, pages, topk, block // 32, page_size,
+            num_warps=4,
+        )  # fmt: skip
         if best is None:
             return ids
-        value, name, start_N, end_N = best, ids, None, None
+        value, name, count_N, first_N, page_NP = best, ids, None, None, None
+
+
+def _plain(x_N: Tensor | None) -> Tensor | None:
+    """As a kernel reads it: one int32 after another."""
+    assert x_N is None or (x_N.dtype == torch.int32 and x_N.ndim == 1), x_N
+    return None if x_N is None else x_N.contiguous()

@@ -80,6 +80,9 @@ class Dialogue(Protocol):
 class Format(Protocol):
     """What chat.Chat and template.TemplateChat have in common."""
 
+    stop_ids: tuple[int, ...]
+
+    def verify(self, *, thinking: bool, tools: bool) -> None: ...
     def conversation(self, messages: Iterable[Message], *, thinking: bool) -> Dialogue: ...
     def decode(self, ids: Sequence[int] | np.ndarray) -> str: ...
 
@@ -140,7 +143,7 @@ class Context:
         """Append what the environment says.
 
         Raises:
-            MarkupError: a text contains markup.
+            FormatError: the format cannot say it.
         """
         messages = tuple(messages)
         self._conversation.add(messages)

@@ -13,7 +13,7 @@ import numpy as np
 from trimtab.environments.base import Env, Message, ToolCall, VoidEpisode
 from trimtab.rewards.types import Answer, GroupReward, ProcessReward, group_values
 from trimtab.rollout.context import Context, ContextPolicy, Format
-from trimtab.rollout.formats.chat import MarkupError
+from trimtab.rollout.formats.chat import FormatError
 from trimtab.rollout.types import Completion, Episode, Group, RecordingError, Request, Sampling, Segment
 
 Generate = Callable[[Request], Awaitable[list[Completion]]]
@@ -291,11 +291,14 @@ async def play_group(
             return PlayedGroup(group=None, voided=tuple(map(str, openings)))
         if any(opening != started[0][1] for _, opening in started):
             raise ValueError(f"{name}: the environments of a group must open with the same messages")
-        contexts = [
-            Context(chat, opening, rules.context, thinking=rules.thinking, max_len=rules.max_len)
-            for _, opening in started
-        ]
-        prompt = contexts[0].prompt_ids()
+        try:
+            contexts = [
+                Context(chat, opening, rules.context, thinking=rules.thinking, max_len=rules.max_len)
+                for _, opening in started
+            ]
+            prompt = contexts[0].prompt_ids()
+        except FormatError as error:  # one task that the format cannot say is lost, not the run
+            return PlayedGroup(group=None, refused=(str(error),) * len(started))
         if len(prompt) >= rules.max_len:
             raise ValueError(f"{name}: an opening of {len(prompt)} tokens does not fit max_len = {rules.max_len}")
         request = Request(
@@ -340,7 +343,7 @@ async def _finish(
         finally:
             await _close(attempt.env)
         return await asyncio.to_thread(attempt.episode, domain, ended)  # a reward may take its time
-    except (VoidEpisode, RecordingError, MarkupError) as error:
+    except (VoidEpisode, RecordingError, FormatError) as error:
         return error
 
 

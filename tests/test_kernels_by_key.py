@@ -2,6 +2,7 @@ import pytest
 import torch
 from kernel_checks import DEVICE, DTYPES, needs_gpu, poisoned, relative_error
 
+from trimtab.kernels import by_key
 from trimtab.kernels.by_key import slots_by_key, sum_by_key
 
 SIZES = [(1, 8, 12), (33, 16, 40), (10, 70, 100), (130, 24, 24), (3, 2100, 4000)]
@@ -70,3 +71,12 @@ def test_sums_are_the_same_every_time():
     x_EC = torch.randn(512 * 2048, 576, device=DEVICE, dtype=torch.bfloat16)
     first = sum_by_key(x_EC, slots_by_key(ids_NK, 8192))
     assert all(torch.equal(first, sum_by_key(x_EC, slots_by_key(ids_NK, 8192))) for _ in range(25))
+
+
+def test_slots_that_need_int64_are_placed_like_others(monkeypatch):
+    ids_NK = torch.stack([torch.randperm(40, device=DEVICE)[:16] for _ in range(33)]).int()
+    narrow = slots_by_key(ids_NK, 40)
+    monkeypatch.setattr(by_key, "SLOTS_IN_INT32", 1)
+    wide = slots_by_key(ids_NK, 40)
+    assert wide.order_E.dtype == torch.int64 and wide.offset_M.is_contiguous()
+    assert torch.equal(wide.order_E, narrow.order_E.long()) and torch.equal(wide.offset_M, narrow.offset_M)

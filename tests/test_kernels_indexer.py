@@ -56,14 +56,16 @@ def test_a_score_does_not_depend_on_the_batch_or_the_number_of_keys():
         assert torch.equal(alone, score_NM[row, : n + 1])
 
 
+@pytest.mark.parametrize("known", [False, True])
 @pytest.mark.parametrize("lengths, k", [([40], 16), ([1, 40, 0, 25], 30), ([20], 64), ([1], 1)])
-def test_the_selection_is_the_best_of_the_scores(lengths, k, monkeypatch):
+def test_the_selection_is_the_best_of_the_scores(lengths, k, known, monkeypatch):
     monkeypatch.setattr(indexer, "SCORES_AT_ONCE", 40 * 23)
     n = sum(lengths)
     q_NHD, k_MD, w_NH = _inputs(n, n, 4, 32, torch.float32)
-    start_N, end_N = _causal(lengths)
+    start_N, end_N = torch.stack(_causal(lengths), 1).unbind(1)  # strided
+    longest = max(lengths) if known else None
     with poisoned():
-        ids_NK = indexer.index_topk(q_NHD, k_MD, w_NH, start_N, end_N, k)
+        ids_NK = indexer.index_topk(q_NHD, k_MD, w_NH, start_N, end_N, k, longest=longest)
     score_NM = indexer.index_scores(q_NHD, k_MD, w_NH, start_N, end_N)
     expected_NK = reference.selected_ids(reference.select(score_NM, k), k)
     assert ids_NK.shape == (n, k) and ids_NK.dtype == torch.int32
@@ -88,6 +90,55 @@ def test_a_paged_cache_selects_the_same_positions():
     expected_NK = indexer.index_topk(q_NHD, k_MD, w_NH, start_N, end_N, 16)
     ids_NK = indexer.index_topk(q_NHD, cache[:, 8:40], w_NH, start_N, end_N, 16, row_M=row_M)
     assert torch.equal(ids_NK, expected_NK)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("page_size, k", [(16, 16), (3, 200)])
+def test_a_decoding_step_selects_the_cache_rows_that_index_topk_selects(page_size, k, dtype):
+    lengths, width = [40, 0, 1, 150, 16], 150
+    q_NHD, k_MD, w_NH = _inputs(5, sum(lengths), 4, 32, dtype)
+    pages = -(-width // page_size)
+    page_BP = torch.randperm(5 * pages + 9, device=DEVICE)[: 5 * pages].int().view(5, pages)
+    cache = torch.full(((5 * pages + 9) * page_size, 48), float("nan"), device=DEVICE, dtype=dtype)
+    length_B = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
+    end_N = length_B.cumsum(0).int()
+    row_M = torch.cat(
+        [
+            page_BP[b].long().repeat_interleave(page_size)[:length] * page_size
+            + torch.arange(length, device=DEVICE) % page_size
+            for b, length in enumerate(lengths)
+        ]
+    )
+    cache[row_M, 8:40] = k_MD
+    ids_NK = indexer.index_topk(q_NHD, k_MD, w_NH, end_N - length_B, end_N, k, longest=width).long()
+    with poisoned():
+        row_BK = indexer.paged_topk(q_NHD, cache[:, 8:40], w_NH, page_BP, length_B, k, page_size=page_size, width=width)
+    assert torch.equal(row_BK.long(), torch.where(ids_NK < 0, -1, row_M[ids_NK.clamp(min=0)]))
+
+
+def test_a_score_of_a_decoding_step_has_the_bits_of_index_scores():
+    q_NHD, k_MD, w_NH = _inputs(3, 90, 4, 32, DTYPES[1])
+    start_N, end_N = torch.zeros(3, dtype=torch.int32, device=DEVICE), torch.full((3,), 90, device=DEVICE).int()
+    expected_NM = indexer.index_scores(q_NHD, k_MD, w_NH, start_N, end_N)
+    page_BP = torch.arange(23, dtype=torch.int32, device=DEVICE).expand(3, -1)
+    rows: list[Tensor] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(indexer, "topk_ids", lambda score, topk, **_: rows.append(score) or score)
+        k_RD = torch.nn.functional.pad(k_MD, (0, 0, 0, 2))
+        indexer.paged_topk(q_NHD, k_RD, w_NH, page_BP, end_N, 4, page_size=4, width=92)
+    assert torch.equal(rows[0][:, :90], expected_NM)
+
+
+def test_queries_and_keys_of_two_types_are_refused_and_wider_weights_are_not():
+    q_NHD, k_MD, w_NH = _inputs(3, 20, 4, 32, DTYPES[1])
+    start_N, end_N = torch.zeros(3, dtype=torch.int32, device=DEVICE), torch.full((3,), 20, device=DEVICE).int()
+    assert w_NH.dtype == torch.float32 and indexer.index_topk(q_NHD, k_MD, w_NH, start_N, end_N, 4).min() >= 0
+    with pytest.raises(ValueError, match="float32"):
+        indexer.index_topk(q_NHD.float(), k_MD, w_NH, start_N, end_N, 4)
+    with pytest.raises(ValueError, match="float32"):
+        indexer.selected_scores(q_NHD.float(), k_MD, w_NH, torch.zeros(3, 1, dtype=torch.int32, device=DEVICE))
+    with pytest.raises(ValueError, match=r"\[3, 4\]"):
+        indexer.index_topk(q_NHD, k_MD, w_NH[:, :3], start_N, end_N, 4)
 
 
 def _quantize(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -107,8 +107,9 @@ def test_bits_count_from_the_word_of_the_first_visible_key_and_drop_what_is_not_
     end_N = torch.tensor([100, 64, 66], dtype=torch.int32, device=DEVICE)
     ids_NK = torch.tensor([[33, 63, 99, -1], [31, 64, 0, 63], [65, 2, -1, 66]], dtype=torch.int32, device=DEVICE)
     top = -(2**31)
-    # row 0 starts at word 1: keys 33 and 63 are its bits 1 and 31, key 99 is bit 3 of word 3
-    expected = [[top + 2, 0, 8], [top + 1, top, 0], [2, 0, 0]]
+    # row 0 starts at word 1: keys 33 and 63 are its bits 1 and 31, key 99 is bit 3 of word 3; the widest range has 67
+    # keys, which touch four words if they start at the end of one
+    expected = [[top + 2, 0, 8, 0], [top + 1, top, 0, 0], [2, 0, 0, 0]]
     assert selection_bits(ids_NK, start_N, end_N).tolist() == expected
 
 

@@ -82,6 +82,35 @@ def test_keys_split_over_programs_give_the_same_attention(splits):
     assert relative_error(split_lse, whole_lse) < 1e-6
 
 
+@pytest.mark.parametrize("splits", [1, 4])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_decoding_step_reads_on_the_device_how_many_ids_are_used(splits, dtype, monkeypatch):
+    monkeypatch.setattr(kernels, "_splits", lambda *_: splits)
+    q_NHC, kv_MC, _, _ = inputs(4, 3, 130, 150, 32, 16, dtype)
+    used_N = torch.tensor([130, 0, 1, 65], dtype=torch.int32, device=DEVICE)
+    ids_NK = torch.rand(4, 150).argsort(-1)[:, :130].int().to(DEVICE)
+    used_NK = ids_NK.masked_fill(torch.arange(130, device=DEVICE) >= used_N[:, None], -1)
+    out, _ = reference.sparse_mla(q_NHC.detach().double(), kv_MC.detach().double(), used_NK.long(), 32, 0.2)
+    with poisoned():
+        result = kernels.decode_mla(q_NHC, kv_MC, ids_NK, used_N, 32, 0.2)  # ids after the used ones mean nothing
+        again = kernels.decode_mla(q_NHC, kv_MC, used_NK, torch.full_like(used_N, 200), 32, 0.2)
+    assert relative_error(result, out) < FORWARD[dtype] and not result.requires_grad and not result[1].any()
+    assert torch.equal(result, again)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_unused_slot_reads_no_row(dtype):
+    q_NHC, kv_MC, ids_NK, grad_NHV = inputs(4, 3, 64, 70, 24, 16, dtype)
+    ids_NK = ids_NK.masked_fill(ids_NK == 0, -1)
+    kv_MC = kv_MC.detach()
+    kv_MC[0] = float("nan")
+    kv_MC.requires_grad_()
+    with poisoned():
+        out, _ = sparse_mla(q_NHC, kv_MC, ids_NK, 24, 0.2)
+        dq, dkv = torch.autograd.grad(out, (q_NHC, kv_MC), grad_NHV)
+    assert out.isfinite().all() and dq.isfinite().all() and dkv.isfinite().all()
+
+
 def test_rows_may_be_a_view_of_a_wider_cache():
     q_NHC, kv_MC, ids_NK, grad_NHV = inputs(2, 2, 32, 70, 32, 16, torch.float32)
     view_MC = torch.randn(70, 100, device=DEVICE)[:, 20:68].copy_(kv_MC.detach()).requires_grad_()

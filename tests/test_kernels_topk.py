@@ -66,18 +66,34 @@ def test_the_ids_are_those_of_the_reference():
     assert torch.equal(topk.topk_ids(score_NM.to(DEVICE), 40).cpu().long(), expected_NK)
 
 
+COUNTS = torch.tensor([200, 2, 64, 0, 90, 1, -3], dtype=torch.int32)
+
+
 @pytest.mark.parametrize("segment", [64, 256])
-def test_scores_outside_the_range_of_a_row_are_not_read(segment):
+def test_scores_after_the_count_of_a_row_are_not_read(segment):
     torch.manual_seed(0)
-    score_NM, m_M = torch.randn(6, 200), torch.arange(200)
-    start_N = torch.tensor([0, 7, 64, 150, 90, 0], dtype=torch.int32)
-    end_N = torch.tensor([200, 9, 128, 190, 90, 1], dtype=torch.int32)
-    visible_NM = (m_M >= start_N[:, None]) & (m_M < end_N[:, None])
-    expected_NK = _sorted_ids(score_NM.masked_fill(~visible_NM, float("-inf")), 16)
-    hidden_NM = score_NM.masked_fill(~visible_NM, float("inf")).to(DEVICE)
+    score_NM = torch.randn(7, 200)
+    hidden_NM = torch.arange(200) >= COUNTS[:, None]
+    expected_NK = _sorted_ids(score_NM.masked_fill(hidden_NM, float("-inf")), 16)
+    score_NM = score_NM.masked_fill(hidden_NM, float("inf")).to(DEVICE)
+    strided_N = torch.stack([COUNTS, COUNTS + 9], 1).to(DEVICE)[:, 0]
     with poisoned():
-        ids_NK = topk.topk_ids(hidden_NM, 16, start_N=start_N.to(DEVICE), end_N=end_N.to(DEVICE), segment=segment)
+        ids_NK = topk.topk_ids(score_NM, 16, count_N=strided_N, segment=segment)
     assert torch.equal(ids_NK.cpu(), expected_NK)
+
+
+@pytest.mark.parametrize("segment", [64, 256])
+def test_names_are_positions_moved_or_rows_of_pages(segment):
+    torch.manual_seed(0)
+    score_NM, count_N = torch.randn(7, 200, device=DEVICE), COUNTS.to(DEVICE)
+    ids_NK = topk.topk_ids(score_NM, 16, count_N=count_N, segment=segment).long()
+    first_N = torch.tensor([0, 5, 1 << 30, 7, 9, 3, 3], dtype=torch.int32, device=DEVICE)
+    moved_NK = topk.topk_ids(score_NM, 16, count_N=count_N, first_N=first_N, segment=segment)
+    assert torch.equal(moved_NK.long(), torch.where(ids_NK < 0, -1, ids_NK + first_N[:, None]))
+    page_NP = torch.randperm(7 * 60, device=DEVICE).int().view(7, 60)[:, :50]  # 50 pages of 4 positions
+    row_NK = topk.topk_ids(score_NM, 16, count_N=count_N, page_NP=page_NP, page_size=4, segment=segment)
+    page_NK = page_NP.long().gather(1, ids_NK.clamp(min=0) // 4)
+    assert torch.equal(row_NK.long(), torch.where(ids_NK < 0, -1, page_NK * 4 + ids_NK % 4))
 
 
 def test_nan_is_never_selected():

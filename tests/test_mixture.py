@@ -10,7 +10,15 @@ import pytest
 
 from trimtab.environments.base import Env, Message, Step, ToolCall
 from trimtab.grpo.config import Config, Domain, Rollout
-from trimtab.grpo.mixture import draw_held_out, draw_step, load_tasks, part_means, play_draws, scores
+from trimtab.grpo.mixture import (
+    draw_held_out,
+    draw_step,
+    load_tasks,
+    part_means,
+    play_draws,
+    prompt_scores,
+    scores,
+)
 from trimtab.rewards.types import Answer
 from trimtab.rollout.context import ContextPolicy
 from trimtab.rollout.scripted import Scripted, byte_chat
@@ -134,3 +142,23 @@ def test_a_domain_with_a_context_policy_survives_being_saved_and_loaded(tmp_path
     made.save(tmp_path / "config.json")
     assert Config.load(tmp_path / "config.json") == made
     assert json.loads((tmp_path / "config.json").read_text())["domains"]["echo"]["context"]["method"] == "keep-recent"
+
+
+class Few:
+    """A task with five held-out prompts, which compare equal."""
+
+    def sample(self, rng: random.Random, *, held_out: bool = False) -> Callable[[], Env]:
+        return rng.choice([bool, int, float, str, list])
+
+
+def test_held_out_prompts_are_distinct_where_the_task_can_tell_and_as_many_as_there_are():
+    asked = replace(config(), held_out=4)
+    drawn = draw_held_out(asked, {"echo": Few()})
+    assert len({draw.make_env for draw in drawn}) == len({draw.name for draw in drawn}) == 4
+    assert len(draw_held_out(replace(asked, held_out=9), {"echo": Few()})) == 5
+    assert [draw.name for draw in draw_held_out(replace(asked, seed=7), {"echo": Few()})] == [d.name for d in drawn]
+
+
+def test_the_scores_of_prompts_are_means_over_their_episodes():
+    group = play(config(), ["right", "wrong"])
+    assert prompt_scores([group], config()) == {"echo": {group.name: 0.5}}

@@ -51,14 +51,18 @@ def _run(model, *, packed: bool, form: str | None = None, **options) -> tuple[Po
         ("masked", {}),
         ("masked", {"with_indexer_kl": True}),
         ("masked", {"with_indexer_kl": True, "dense_attention": True}),
+        ("masked", {"with_indexer_kl": True, "dense_attention": True, "checkpointing": True}),
         ("selected", {"with_indexer_kl": True, "checkpointing": True}),
         ("selected", {"with_indexer_kl": True, "parts": True}),
+        ("selected", {"with_indexer_kl": True, "parts": True, "checkpointing": True}),
     ],
 )
 def test_triton_forms_equal_plain_pytorch_in_outputs_and_gradients(model, form, options, monkeypatch):
     options = dict(options)
     if options.pop("parts", False):
         monkeypatch.setattr(packed_attention, "QUERIES_AT_ONCE", 12)
+        monkeypatch.setattr(packed_attention, "QUERIES_OF_A_PART", 5)
+        monkeypatch.setattr(packed_attention, "KEPT_BYTES", 0)
     expected, expected_gradients = _run(model, packed=False, **options)
     ours, gradients = _run(model, packed=True, form=form, **options)
     torch.testing.assert_close(ours.hidden_ND, expected.hidden_ND, rtol=1e-4, atol=1e-5)
@@ -69,6 +73,25 @@ def test_triton_forms_equal_plain_pytorch_in_outputs_and_gradients(model, form, 
     assert gradients.keys() == expected_gradients.keys()
     for name, gradient in expected_gradients.items():
         assert (gradients[name] - gradient).norm() <= 2e-4 * gradient.norm(), name
+
+
+@pytest.mark.parametrize(
+    ("form", "options", "function", "calls"),
+    [
+        ("selected", {"with_indexer_kl": True}, "index_topk", 1),
+        ("masked", {}, "index_topk", 1),
+        ("masked", {"with_indexer_kl": True, "dense_attention": True}, "dense_kl_gradients", 1),
+        ("selected", {"with_indexer_kl": True}, "_attend_rows", 2),  # forward, and again for the backward pass
+    ],
+)
+def test_a_layer_that_is_computed_twice_selects_once_and_attends_twice(
+    model, form, options, function, calls, monkeypatch
+):
+    count, original = [], getattr(packed_attention, function)
+    monkeypatch.setattr(packed_attention, function, lambda *a, **k: count.append(function) or original(*a, **k))
+    monkeypatch.setattr(packed_attention, "QUERIES_AT_ONCE", 4)
+    _run(model, packed=True, form=form, checkpointing=True, **options)
+    assert len(count) == calls * 2  # layers
 
 
 @needs_gpu

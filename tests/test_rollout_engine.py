@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ import torch
 import transformers
 from tiny import save_tiny_deepseek, tiny_deepseek
 
+from trimtab.grpo.sync import differing
 from trimtab.rollout.engine.engine import Engine, EngineConfig, moe_layers
+from trimtab.rollout.engine.weights import checksums
 from trimtab.rollout.types import Completion, Request, Sampling
 
 SAMPLING = Sampling(temperature=1.3, top_p=0.9, top_k=64, max_tokens=24)
@@ -173,9 +176,32 @@ def test_new_weights_are_the_models_and_the_cached_prefix_is_forgotten(engine, s
     assert worst_difference(model, request.prompt_ids, before) > 0.1
 
 
+def test_a_prefix_is_reused_under_its_own_weights_only(engine):
+    """Two requests of one prompt: the second computes its last block alone; under a new version, all of it again."""
+
+    def computed(name: str) -> int:
+        scheduler = engine._core.engine_core.scheduler
+        counts: list[int] = []
+        schedule = scheduler.schedule
+
+        def counting(*args: Any) -> Any:
+            output = schedule(*args)
+            counts.append(output.total_num_scheduled_tokens)
+            return output
+
+        scheduler.schedule = counting
+        run(engine, [Request(name=name, prompt_ids=prompt(64, 20), sampling=replace(SAMPLING, max_tokens=1))])
+        scheduler.schedule = schedule
+        return sum(counts)
+
+    assert (computed("first"), computed("again")) == (64, 16)
+    engine.load_weights({}, 30)
+    assert (computed("new"), computed("again")) == (64, 16)
+
+
 def test_weights_wait_for_an_idle_engine_and_must_fit(engine):
     engine.add(Request(name="busy", prompt_ids=prompt(5), sampling=SAMPLING))
-    with pytest.raises(ValueError, match="1 requests are unfinished"):
+    with pytest.raises(ValueError, match="1 sequences are unfinished"):
         engine.load_weights({}, 8)
     while engine.busy:
         engine.step()
@@ -183,7 +209,29 @@ def test_weights_wait_for_an_idle_engine_and_must_fit(engine):
         engine.load_weights({"nope": torch.zeros(1)}, 8)
     with pytest.raises(ValueError, match="has shape"):
         engine.load_weights({"lm_head.weight": torch.zeros(1)}, 8)
-    assert engine.version != 8
+    assert engine.version != 8 and engine.weight_version() == engine.version
+
+
+def test_the_ids_that_end_a_turn_are_those_of_the_config(checkpoint):
+    """A checkpoint whose eos never comes, with a config that ends turns at any of the first 100 ids."""
+    engine = Engine(config(checkpoint, stop_ids=tuple(range(100))))
+    sampling = Sampling(temperature=2.0, top_p=1.0, top_k=384, max_tokens=200)
+    (completions,) = run(engine, [Request(name="e", prompt_ids=prompt(10), sampling=sampling, n=8, seed=3)])
+    engine.close()
+    assert all(one.finish == "stop" and one.token_ids[-1] < 100 for one in completions)
+    assert all((one.token_ids[:-1] >= 100).all() for one in completions)
+
+
+def test_an_engine_that_was_not_made_to_sleep_says_so(engine):
+    with pytest.raises(ValueError, match="make it with sleep=True"):
+        engine.sleep()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+@pytest.mark.parametrize("name", ["graphs", "sleep"])
+def test_what_needs_a_gpu_is_refused_without_one(checkpoint, name):
+    with pytest.raises(ValueError, match=f"{name}=True needs a GPU"):
+        Engine(config(checkpoint, **{name: True}))
 
 
 DENSE = {
@@ -222,10 +270,13 @@ def test_models_of_vllm_equal_transformers_before_and_after_an_update(name, valu
         for one in run(engine, [request])[0]:
             assert worst_difference(model, request.prompt_ids, one) < 1e-5
             assert one.routes.shape == ((len(one.token_ids) + 99, layers, 2) if layers else (0, 0, 0))
-            assert one.weight_version == version
+            assert one.weight_version == version == engine.weight_version()
             if layers:
                 ids = [*request.prompt_ids, *one.token_ids.tolist()]
                 assert (np.sort(one.routes, -1) == routes_of(model, ids, [1])[:-1]).all()
+        theirs, ours = engine.checksums(), checksums(model.named_parameters())
+        assert theirs.keys() >= {"embed", "layers.0.norm", "norm"}  # a CPU packs its products' weights away
+        assert differing(theirs, {group: ours[group] for group in theirs}) == []
     engine.close()
 
 

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from trimtab.kernels import reference
 from trimtab.rollout.engine import dsa_model
-from trimtab.rollout.engine.dsa_model import DsaAttention, DsaMetadata, buckets
-from trimtab.rollout.engine.dsa_paged import plan_step
+from trimtab.rollout.engine.dsa_model import DsaAttention, DsaMetadata, Indexer, buckets
+from trimtab.rollout.engine.dsa_modules import Norm
+from trimtab.rollout.engine.dsa_paged import DecodeStep, plan_step
 from trimtab.rollout.engine.engine import Engine
 from trimtab.rollout.types import Request
 
@@ -76,22 +77,35 @@ def test_the_plan_leads_every_token_to_the_rows_it_sees(sequences, topk):
         assert [[row for row in rows if row >= 0] for rows in step.visible_NK.tolist()] == batch.visible()
 
 
-def test_a_dry_run_writes_to_the_block_that_nothing_reads():
-    slot_N = torch.full((3,), -1)
-    table = torch.zeros(1, 2, dtype=torch.int32)
-    step = plan_step(torch.tensor([0, 3]), torch.tensor([3]), table, slot_N, BLOCK, 16)
-    assert step.slot_N.tolist() == [0, 0, 0]
-
-
 def index_topk(
-    q_NHD: Tensor, k: Tensor, w_NH: Tensor, start_N: Tensor, end_N: Tensor, topk: int, *, row_M: Tensor
+    q_NHD: Tensor, k: Tensor, w_NH: Tensor, start_N: Tensor, end_N: Tensor, topk: int, *, longest: int, row_M: Tensor
 ) -> Tensor:
     """The kernel's stand-in."""
+    assert longest == int((end_N - start_N).max()), (longest, start_N, end_N)
     position_M = torch.arange(len(row_M))
     visible_NM = (start_N[:, None] <= position_M) & (position_M < end_N[:, None])
     score_NM = reference.index_scores(q_NHD, k[row_M], w_NH, visible_NM)
     ids_NK = reference.selected_ids(reference.select(score_NM, topk), topk)
     return torch.nn.functional.pad(ids_NK, (0, topk - ids_NK.shape[1]), value=-1).int()
+
+
+def paged_topk(
+    q_BHD: Tensor, k: Tensor, w_BH: Tensor, page_BP: Tensor, length_B: Tensor, topk: int, *, page_size: int, width: int
+) -> Tensor:
+    """The kernel's stand-in."""
+    position_L = torch.arange(width)
+    row_BL = page_BP[:, position_L // page_size].long() * page_size + position_L % page_size
+    visible_BL = position_L < length_B[:, None]
+    score_B1L = reference.index_scores(q_BHD[:, None], k[row_BL], w_BH[:, None], visible_BL[:, None])
+    ids_BK = reference.selected_ids(reference.select(score_B1L[:, 0], topk), topk)
+    row_BK = torch.where(ids_BK < 0, -1, row_BL.gather(1, ids_BK.clamp(min=0)))
+    return torch.nn.functional.pad(row_BK, (0, topk - row_BK.shape[1]), value=-1).int()
+
+
+def decode_mla(q: Tensor, kv: Tensor, ids: Tensor, used: Tensor, value_dim: int, scale: float) -> Tensor:
+    """The kernel's stand-in."""
+    assert ((ids >= 0).sum(1) <= used).all(), (ids, used)
+    return sparse_mla(q, kv, ids, value_dim, scale)[0]
 
 
 def sparse_mla(q: Tensor, kv: Tensor, ids: Tensor, value_dim: int, scale: float) -> tuple[Tensor, Tensor]:
@@ -109,29 +123,75 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "trimtab.kernels.indexer", SimpleNamespace(index_topk=index_topk))  # type: ignore
-    monkeypatch.setitem(sys.modules, "trimtab.kernels.sparse_mla", SimpleNamespace(sparse_mla=sparse_mla))  # type: ignore
+    selection: Any = SimpleNamespace(index_topk=index_topk, paged_topk=paged_topk)
+    attention: Any = SimpleNamespace(sparse_mla=sparse_mla, decode_mla=decode_mla)
+    monkeypatch.setitem(sys.modules, "trimtab.kernels.indexer", selection)
+    monkeypatch.setitem(sys.modules, "trimtab.kernels.sparse_mla", attention)
+
+
+H, INDEX_H, C, R, D = 3, 2, 16, 8, 16
+
+
+def attention_layer(topk: int) -> Any:
+    layer: Any = DsaAttention.__new__(DsaAttention)
+    torch.nn.Module.__init__(layer)
+    layer.C, layer.R, layer.D, layer.topk, layer.scale = C, R, D, topk, 0.2
+    return layer
+
+
+def inputs(N: int) -> tuple[Tensor, ...]:
+    """Cache, queries, index queries and index weights."""
+    torch.manual_seed(0)
+    cache = torch.randn(200, BLOCK, C + R + D)
+    return cache, torch.randn(N, H, C + R), torch.randn(N, INDEX_H, D), torch.rand(N, INDEX_H)
 
 
 @pytest.mark.parametrize("topk", [6, 64])
 @pytest.mark.parametrize("sequences", BATCHES.values(), ids=BATCHES)
 def test_attention_over_the_cache_equals_that_over_buckets(sequences, topk, kernels):
-    torch.manual_seed(0)
-    batch, H, index_H, C, R, D = Batch(sequences), 3, 2, 16, 8, 16
-    layer: Any = DsaAttention.__new__(DsaAttention)
-    torch.nn.Module.__init__(layer)
-    layer.C, layer.R, layer.D, layer.topk, layer.scale = C, R, D, topk, 0.2
-    N, cache = len(batch.slot_N), torch.randn(200, BLOCK, C + R + D)
-    q, index_q, row = torch.randn(N, H, C + R), torch.randn(N, index_H, D), torch.randn(N, C + R + D)
-    weight = torch.rand(N, index_H)
+    batch, layer = Batch(sequences), attention_layer(topk)
+    layer.kv_cache, *parts = inputs(len(batch.slot_N))
     plan = buckets(batch.start_B1.tolist(), batch.length_B.tolist(), batch.table, BLOCK)
-    step = plan_step(batch.start_B1, batch.length_B, batch.table, batch.slot_N, BLOCK, topk)
-    outs = []
-    for metadata in (DsaMetadata(slot_N=batch.slot_N, buckets=plan), DsaMetadata(step)):
-        layer.kv_cache = cache.clone()
-        outs.append(layer._attend(q, index_q, weight, row, metadata))
-        assert (layer.kv_cache.flatten(0, 1)[batch.slot_N] == row).all()
-    torch.testing.assert_close(outs[1], outs[0], rtol=1e-5, atol=1e-5)
+    steps = [plan_step(batch.start_B1, batch.length_B, batch.table, batch.slot_N, BLOCK, topk)]
+    if all(new == 1 for _, new in sequences):
+        steps.append(DecodeStep(batch.slot_N, batch.length_B, batch.table, BLOCK, int(batch.length_B.max()) + 3))
+    expected = layer._attend(*parts, DsaMetadata(batch.slot_N, buckets=plan))
+    for step in steps:
+        out = layer._attend(*parts, DsaMetadata(batch.slot_N, step))
+        torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_sequences_that_pad_a_decoding_step_give_zero(kernels):
+    batch, layer = Batch(BATCHES["decoding"]), attention_layer(6)
+    layer.kv_cache, *parts = inputs(7)
+    pad = torch.nn.functional.pad
+    padded = pad(batch.slot_N, (0, 3), value=-1), pad(batch.length_B, (0, 3)), pad(batch.table, (0, 0, 0, 3))
+    alone, together = (
+        layer._attend(*(x[:n] for x in parts), DsaMetadata(tensors[0], DecodeStep(*tensors, BLOCK, 32)))
+        for n, tensors in ((4, (batch.slot_N, batch.length_B, batch.table)), (7, padded))
+    )
+    assert torch.equal(together[:4], alone) and not together[4:].any()
+
+
+def test_projections_in_kernels_are_the_plain_ones_and_cache_the_same_rows():
+    layer, hidden, nope, Q = attention_layer(6), 24, 12, 20
+    layer.H, layer.nope, layer.index_H = H, nope, INDEX_H
+    layer._down_sizes, layer._up_sizes = [Q, C, R, D], [H * (nope + R), INDEX_H * D]
+    torch.manual_seed(0)
+    layer._down, layer._up = torch.randn(sum(layer._down_sizes), hidden), torch.randn(sum(layer._up_sizes), Q)
+    layer.indexer = Indexer(layer._up, layer._down[-D:], torch.empty(0))
+    layer.q_a_layernorm, layer.kv_a_layernorm = Norm(Q, 1e-6), Norm(C, 1e-6)
+    for weight in (layer.q_a_layernorm.weight, layer.kv_a_layernorm.weight, *layer.indexer.k_norm.parameters()):
+        weight.data.normal_()
+    x, w_uk, angle = torch.randn(5, hidden), torch.randn(H, nope, C), torch.randn(5, 1, R // 2)
+    turn, slot_N = torch.polar(torch.ones_like(angle), angle), torch.tensor([3, 9, -1, 40, 8])
+    results = []
+    for project in (layer._project, layer._project_in_kernels):
+        layer.kv_cache = torch.zeros(12, BLOCK, C + R + D)
+        results.append((*project(x, w_uk, turn, slot_N), layer.kv_cache[1:]))  # the first block is nobody's
+    for plain, fused in zip(*results, strict=True):
+        torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-5)
+    assert layer._project_in_kernels(x, w_uk, turn, None)[0].shape == (5, H, C + R)
 
 
 def test_a_whole_engine_samples_the_same_over_the_paged_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

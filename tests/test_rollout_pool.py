@@ -8,9 +8,12 @@ import pytest
 import ray
 import torch
 from tiny import save_tiny_deepseek
+from transformers import DeepseekV32ForCausalLM
 
+from trimtab.grpo.sync import differing
 from trimtab.rollout.engine.engine import EngineConfig
 from trimtab.rollout.engine.pool import EngineError, Pool, gpu_share
+from trimtab.rollout.engine.weights import checksums
 from trimtab.rollout.types import Request, Sampling
 
 
@@ -47,7 +50,7 @@ def test_requests_are_spread_and_those_of_a_group_stay_together(pool):
 
 
 def test_every_actor_gets_new_weights(pool):
-    pool.load_weights({"model.norm.weight": torch.ones(64)}, 4)
+    pool.load_weights(lambda: [("model.norm.weight", torch.ones(64))], 4)
 
     async def play() -> list[int]:
         answers = await asyncio.gather(*(pool.generate(request(name, 4)) for name in "ab"))
@@ -56,10 +59,53 @@ def test_every_actor_gets_new_weights(pool):
     assert asyncio.run(play()) == [4, 4, 4, 4]
 
 
+def test_every_engine_plays_the_probe_with_the_same_result(pool):
+    one, two = pool.probe(request("probe", 8))
+    assert one.token_ids.tolist() == two.token_ids.tolist() and len(one.token_ids) == 8
+    assert abs(one.logp - two.logp).max() < 1e-6
+
+
+def test_a_corrupted_tensor_is_found_in_every_engine_by_its_group(pool, checkpoint):
+    """The engines get layer 1's o_proj with a single weight off by 2e-3; the trainer sums its own."""
+    weights = DeepseekV32ForCausalLM.from_pretrained(checkpoint).state_dict()
+    sent = dict(weights)
+    name = "model.layers.1.self_attn.o_proj.weight"
+    sent[name] = weights[name].clone()
+    sent[name][3, 5] += 2e-3
+    pool.load_weights(lambda: sent.items(), 7)
+    for sums in pool.checksums():
+        assert sums.keys() >= {"embed", "layers.0.mlp", "layers.1.attention", "layers.2.norm", "norm", "head"}
+        assert differing(sums, checksums(weights.items())) == ["layers.1.attention"]
+        assert differing(sums, checksums(sent.items())) == []
+    pool.load_weights(lambda: weights.items(), 8)
+    assert all(differing(sums, checksums(weights.items())) == [] for sums in pool.checksums())
+
+
+def test_an_engine_that_was_not_made_to_sleep_stays_awake(pool):
+    pool.sleep()
+    assert len(asyncio.run(pool.generate(request("awake", 4)))) == 2
+    pool.wake()
+
+
+@pytest.mark.parametrize("name", ["graphs", "sleep"])
+def test_what_needs_a_gpu_is_refused_on_a_cpu(checkpoint, name):
+    config = EngineConfig(model=str(checkpoint), max_model_len=64, **{name: True})
+    with pytest.raises(ValueError, match=f"{name}=True needs a GPU"):
+        Pool(config, 1)
+
+
+def test_a_start_is_told_by_its_parts(pool):
+    pool.wait_until_ready()
+    for parts in pool.start_seconds:
+        assert parts.keys() >= {"process", "imports", "model", "warm-up"}
+        assert all(seconds >= 0 for seconds in parts.values())
+
+
 def test_weights_that_do_not_fit_are_refused(pool):
     with pytest.raises(ValueError, match=r"version 5 do not load.*no parameter 'nope'"):
-        pool.load_weights({"nope": torch.ones(1)}, 5)
-    pool.load_weights({}, 6)
+        pool.load_weights(lambda: [("nope", torch.ones(1))], 5)
+    pool.load_weights(lambda: [], 6)
+    assert pool.versions() == [6, 6]
 
 
 def test_a_request_the_engine_refuses_names_itself(pool):
@@ -69,7 +115,7 @@ def test_a_request_the_engine_refuses_names_itself(pool):
 
 
 def test_an_actor_killed_at_work_is_replaced_with_the_newest_weights_and_nothing_is_lost(pool):
-    pool.load_weights({"model.norm.weight": torch.full((64,), 1.5)}, 9)
+    pool.load_weights(lambda: [("model.norm.weight", torch.full((64,), 1.5))], 9)
 
     async def play() -> list[int]:
         tasks = [asyncio.create_task(pool.generate(request(f"k{i}#0"))) for i in range(8)]
@@ -80,7 +126,7 @@ def test_an_actor_killed_at_work_is_replaced_with_the_newest_weights_and_nothing
         return [one.weight_version for completions in answers for one in completions]
 
     assert asyncio.run(play()) == [9] * 16
-    assert pool.restarts == 1 and pool._unfinished == [0, 0]
+    assert pool.restarts == 1 and pool._unfinished == [0, 0] and pool.versions() == [9, 9]
 
 
 def test_engines_that_cannot_start_end_in_one_clear_error(checkpoint):

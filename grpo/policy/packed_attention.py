@@ -5,51 +5,87 @@ width, C = latent width, R = rotary width, V = value width, K = selected keys.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby
-from typing import Any
+from itertools import accumulate, groupby
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from trimtab.grpo.policy.attention import Attend, Index, Latents
-from trimtab.grpo.policy.parts import Part
+from trimtab.grpo.policy.parts import Part, to_device
 from trimtab.kernels import reference
 from trimtab.kernels.indexer import index_topk, selected_scores
-from trimtab.kernels.indexer_kl import dense_indexer_kl, sparse_prob
+from trimtab.kernels.indexer_kl import chunks_of, dense_kl_gradients, sparse_prob, weighted_kl
 from trimtab.kernels.masked_mha import masked_mha
 from trimtab.kernels.sparse_mla import sparse_mla
 
+Result = TypeVar("Result")
+
 SPARSE_FROM_TIMES_TOPK = 5
 """Longer sequences use the sparse form. Measured on one H200, forward and backward, with 128 heads and 2048 selected
-keys: it is faster above 4.7 times as many tokens as keys (benchmarks/kernels.py crossover)."""
+keys: it is faster above 4.7 times as many tokens as keys (benchmarks/kernel_table.py crossover)."""
 QUERIES_AT_ONCE = 16384
-"""More queries attend in parts, each computed again in the backward pass: absorbed queries and outputs, 576 and 512
-wide for each head, then never exist for all of them at once."""
+"""More queries attend in parts: absorbed queries and outputs, 576 and 512 wide for each head, then never exist for all
+of them at once."""
+QUERIES_OF_A_PART = 4096
+"""A part is computed again in the backward pass whatever its size, so it is small: at 128 heads it takes 2 GiB."""
+KEPT_BYTES = 8 << 30
+"""Absorbed queries and outputs that a layer may keep for its backward pass where it is itself computed again: below,
+its parts are not computed a third time."""
 
 
+@dataclass(frozen=True)
 class Span(Part):
     """Sequences that are attended to in one form, one after another."""
+
+    recomputed: bool = False
+    """Whether each layer is computed again in the backward pass."""
 
     @cached_property
     def start_N(self) -> Tensor:
         """First key that each query sees."""
-        length_B = torch.tensor(self.lengths, dtype=torch.int32)
-        return (length_B.cumsum(0, dtype=torch.int32) - length_B).repeat_interleave(length_B).to(self.device)
+        starts = accumulate(self.lengths, initial=0)
+        start_N = torch.cat(
+            [
+                torch.full((length,), start, dtype=torch.int32)
+                for start, length in zip(starts, self.lengths, strict=False)
+            ]
+        )
+        return to_device(start_N, self.device)
 
     @cached_property
     def end_N(self) -> Tensor:
         """The key after the last that each query sees."""
         return torch.arange(1, self.tokens + 1, dtype=torch.int32, device=self.device)
 
+    @cached_property
+    def _kept(self) -> dict[int, Any]:
+        return {}
+
+    def once(self, mla: nn.Module, make: Callable[[], Result]) -> Result:
+        """What make returns; where the layer of mla is computed again, the same tensors the second time. They take
+        part in no gradient, so that nothing tells the two apart."""
+        if not self.recomputed:
+            return make()
+        if id(mla) in self._kept:
+            return self._kept.pop(id(mla))
+        return self._kept.setdefault(id(mla), make())
+
 
 def spans_of(
-    lengths: Sequence[int], device: torch.device, topk: int, choose: Callable[[int, int], Attend]
+    lengths: Sequence[int],
+    device: torch.device,
+    topk: int,
+    choose: Callable[[int, int], Attend],
+    *,
+    recomputed: bool = False,
 ) -> list[Span]:
     """Cut a pack where the form of attention changes."""
     runs = groupby(lengths, key=lambda length: choose(length, topk))
-    return [Span(tuple(run), device) for _, run in runs]
+    return [Span(tuple(run), device, recomputed) for _, run in runs]
 
 
 def attend_masked(
@@ -62,17 +98,20 @@ def attend_masked(
         m.kv_b_proj(latent_NC).unflatten(-1, (m.num_heads, -1)).split([m.qk_nope_head_dim, m.v_head_dim], -1)
     )
     k_NHD = torch.cat([k_nope, k_rope_NR[:, None].expand(-1, m.num_heads, -1)], -1)
-    ids_NK = _select(index, span, topk) if index is not None and topk < span.T else None
-    out_NHV, lse_NH = masked_mha(q_NHD, k_NHD, v_NHV, ids_NK, span.start_N, span.end_N, m.scaling)
+    ids_NK = _select(mla, index, span, topk) if index is not None and topk < span.T else None
+    seen = span.start_N, span.end_N
+    out_NHV, lse_NH = masked_mha(q_NHD, k_NHD, v_NHV, ids_NK, *seen, m.scaling, longest=span.T)
     if index is None or not with_kl:
         return out_NHV, None
-    if ids_NK is not None:
-        with torch.no_grad():
-            q_NHC, _ = _absorb(m, q_NHD)
-            row_NC = torch.cat([latent_NC, k_rope_NR], -1)
-        return out_NHV, _selected_kl(index, q_NHC, row_NC, ids_NK, lse_NH, m.scaling)
-    kl_N = dense_indexer_kl(*index, q_NHD.detach(), k_NHD.detach(), lse_NH, span.start_N, span.end_N, scale=m.scaling)
-    return out_NHV, kl_N
+    if ids_NK is None:
+        inputs = *index, q_NHD, k_NHD, lse_NH, *seen
+        made = span.once(mla, lambda: dense_kl_gradients(*inputs, m.scaling, chunks=chunks_of(span.lengths)))
+        return out_NHV, weighted_kl(*index, made, *seen)
+    with torch.no_grad():
+        row_NC = torch.cat([latent_NC, k_rope_NR], -1)
+        parts = zip(*(x.split(QUERIES_OF_A_PART) for x in (q_NHD, ids_NK, lse_NH)), strict=True)
+        prob_NK = torch.cat([sparse_prob(_absorb(m, q)[0], row_NC, ids, lse, m.scaling) for q, ids, lse in parts])
+    return out_NHV, _selected_kl(index, prob_NK, ids_NK)
 
 
 def attend_selected(
@@ -81,13 +120,13 @@ def attend_selected(
     """MLA absorbed into multi-query attention over the selected rows: time grows with length times topk."""
     if index is None or topk >= span.T:
         return attend_masked(mla, latents, index, span, topk, with_kl)
-    ids_NK = _select(index, span, topk)
+    ids_NK = _select(mla, index, span, topk)
     q_NHD, latent_NC, k_rope_NR = latents
     row_NC = torch.cat([latent_NC, k_rope_NR], -1)
-    if len(q_NHD) <= QUERIES_AT_ONCE:
+    if len(q_NHD) <= QUERIES_AT_ONCE or (span.recomputed and _absorbed_bytes(mla, q_NHD) <= KEPT_BYTES):
         return _attend_rows(mla, q_NHD, row_NC, index, ids_NK, with_kl)
     shared = row_NC.float(), index.k_BTD.float()  # float32: what the parts add to their gradients is not rounded
-    parts = zip(*(x.split(QUERIES_AT_ONCE) for x in (q_NHD, index.q_BTHD, index.w_BTH, ids_NK)), strict=True)
+    parts = zip(*(x.split(QUERIES_OF_A_PART) for x in (q_NHD, index.q_BTHD, index.w_BTH, ids_NK)), strict=True)
     results = [
         checkpoint(
             lambda q, row, index_q, index_k, index_w, ids: _attend_rows(
@@ -108,9 +147,15 @@ def choose_attend(T: int, topk: int) -> Attend:
     return attend_selected if SPARSE_FROM_TIMES_TOPK * topk < T else attend_masked
 
 
-def _select(index: Index, span: Span, topk: int) -> Tensor:
+def _select(mla: nn.Module, index: Index, span: Span, topk: int) -> Tensor:
     q_NHD, k_ND, w_NH = (x.detach() for x in index)
-    return index_topk(q_NHD, k_ND, w_NH, span.start_N, span.end_N, topk)
+    return span.once(mla, lambda: index_topk(q_NHD, k_ND, w_NH, span.start_N, span.end_N, topk, longest=span.T))
+
+
+def _absorbed_bytes(mla: nn.Module, q_NHD: Tensor) -> int:
+    """Of the absorbed queries and outputs of attention."""
+    m: Any = mla
+    return q_NHD[..., 0].numel() * (2 * m.kv_lora_rank + m.qk_rope_head_dim) * q_NHD.element_size()
 
 
 def _attend_rows(
@@ -120,7 +165,10 @@ def _attend_rows(
     m: Any = mla
     q_NHC, w_uv = _absorb(m, q_NHD)
     out_NHC, lse_NH = sparse_mla(q_NHC, row_MC, ids_NK, m.kv_lora_rank, m.scaling)
-    kl_N = _selected_kl(index, q_NHC.detach(), row_MC.detach(), ids_NK, lse_NH, m.scaling) if with_kl else None
+    kl_N = None
+    if with_kl:
+        prob_NK = sparse_prob(q_NHC.detach(), row_MC.detach(), ids_NK, lse_NH, m.scaling)
+        kl_N = _selected_kl(index, prob_NK, ids_NK)
     return torch.einsum("nhc,hvc->nhv", out_NHC, w_uv), kl_N
 
 
@@ -131,6 +179,5 @@ def _absorb(m: Any, q_NHD: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat([torch.einsum("nhd,hdc->nhc", q_nope, w_uk), q_rope], -1), w_uv
 
 
-def _selected_kl(index: Index, q_NHC: Tensor, row_NC: Tensor, ids_NK: Tensor, lse_NH: Tensor, scale: float) -> Tensor:
-    prob_NK = sparse_prob(q_NHC, row_NC, ids_NK, lse_NH, scale)
+def _selected_kl(index: Index, prob_NK: Tensor, ids_NK: Tensor) -> Tensor:
     return reference.indexer_kl(selected_scores(*index, ids_NK), prob_NK, ids_NK >= 0)

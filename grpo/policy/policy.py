@@ -197,7 +197,8 @@ class Policy(nn.Module):
             from trimtab.grpo.policy import packed_attention  # Triton, which a CPU does without
 
             choose = self.choose_attend or packed_attention.choose_attend
-            return packed_attention.spans_of(lengths, x_ND.device, topk, choose), choose
+            again = self.checkpointing and torch.is_grad_enabled()
+            return packed_attention.spans_of(lengths, x_ND.device, topk, choose, recomputed=again), choose
         choose = self.choose_attend or choose_attend
         if x_ND.is_cuda and x_ND.dtype != torch.float32:
             return [Pack(tuple(lengths), x_ND.device)], choose

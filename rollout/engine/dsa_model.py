@@ -9,7 +9,7 @@ row, C = latent width, R = rope width, E = experts, K = experts a token, B = seq
 queries (padded), L = their keys (padded).
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -24,6 +24,7 @@ from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.layers.fused_moe.fused_moe import fused_experts
 from vllm.v1.attention.backend import (
     AttentionBackend,
+    AttentionCGSupport,
     AttentionMetadata,
     AttentionMetadataBuilder,
     CommonAttentionMetadata,
@@ -32,9 +33,8 @@ from vllm.v1.kv_cache_interface import MLAAttentionSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from trimtab.kernels.reference import index_scores, select, selected_ids, sparse_mla
-from trimtab.rollout.engine import dsa_paged
 from trimtab.rollout.engine.dsa_modules import Experts, Mlp, Moe, Norm, Weight, masked_mqa, rotate_halves, rotate_pairs
-from trimtab.rollout.engine.dsa_paged import PagedStep, plan_step
+from trimtab.rollout.engine.dsa_paged import DecodeStep, PagedStep, plan_step
 
 GATHER_FROM = 12
 """Contexts above this multiple of index_topk gather the selected rows; shorter ones are read whole, with a mask,
@@ -88,21 +88,36 @@ def _has_kernels(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
+def graphs_possible(config: Mapping[str, Any], dtype: torch.dtype) -> bool:
+    """Whether CUDA graphs can hold a decoding step of the policy in config.json: routed experts of fp32 multiply by
+    torch's grouped product, which waits for the device."""
+    return dtype != torch.float32 or "sparse" not in DeepseekV32Config.from_dict(dict(config)).mlp_layer_types
+
+
 @dataclass
 class DsaMetadata(AttentionMetadata):
-    """What every layer of a step shares: the plan of a GPU, or that of a CPU."""
+    """What every layer of a step shares: the places of its new tokens, and the plan of a GPU or that of a CPU."""
 
-    paged: PagedStep | None = None
-    slot_N: Tensor | None = None
+    slot_N: Tensor
+    step: PagedStep | DecodeStep | None = None
     buckets: list[Bucket] = field(default_factory=list)
 
 
 class DsaMetadataBuilder(AttentionMetadataBuilder[DsaMetadata]):
-    """Plans a step once for all layers."""
+    """Plans a step once for all layers. A step of one token a sequence is the engine's own tensors, so a CUDA graph
+    that has seen them reads what the engine writes there later."""
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: torch.device):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._topk = vllm_config.compilation_config.static_forward_context[layer_names[0]].topk
+        self._width = vllm_config.model_config.max_model_len
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: Any) -> AttentionCGSupport:
+        model = vllm_config.model_config
+        if graphs_possible(_policy_config(model.hf_config).to_dict(), model.dtype):
+            return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+        return AttentionCGSupport.NEVER
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -110,13 +125,17 @@ class DsaMetadataBuilder(AttentionMetadataBuilder[DsaMetadata]):
         m, block_size = common_attn_metadata, self.kv_cache_spec.block_size
         slot_N = m.slot_mapping[: m.num_actual_tokens]
         if not _has_kernels(self.device):
-            plan = buckets(m.query_start_loc_cpu.tolist(), m.seq_lens.tolist(), m.block_table_tensor, block_size)
-            return DsaMetadata(slot_N=slot_N.long(), buckets=plan)
+            by_length = buckets(m.query_start_loc_cpu.tolist(), m.seq_lens.tolist(), m.block_table_tensor, block_size)
+            return DsaMetadata(slot_N.long(), buckets=by_length)
+        if m.max_query_len == 1:
+            B, table = m.num_reqs, m.block_table_tensor
+            assert m.num_actual_tokens == B and slot_N.dtype == torch.int64, (m.num_actual_tokens, B, slot_N.dtype)
+            width = min(self._width, table.shape[1] * block_size)
+            return DsaMetadata(slot_N, DecodeStep(slot_N, m.seq_lens[:B], table[:B], block_size, width))
         # The host's lengths are bounds where tokens are drafted ahead, which this engine does not do; here, exact.
         lengths = m.seq_lens_cpu_upper_bound
-        return DsaMetadata(
-            plan_step(m.query_start_loc_cpu, lengths, m.block_table_tensor, slot_N, block_size, self._topk)
-        )
+        plan = plan_step(m.query_start_loc_cpu, lengths, m.block_table_tensor, slot_N, block_size, self._topk)
+        return DsaMetadata(slot_N, plan)
 
 
 class DsaBackend(AttentionBackend):
@@ -203,8 +222,27 @@ class DsaAttention(nn.Module, AttentionLayerBase):
             dtype=self.dtype,
         )
 
-    def forward(self, x: Tensor, turn: Tensor) -> Tensor:
-        """x [N, hidden]; turn [N, 1, R / 2], the complex rotation of each position."""
+    def forward(self, x: Tensor, wide: Tensor, turn: Tensor) -> Tensor:
+        """x [N, hidden], wide the same in float32; turn [N, 1, R / 2], the complex rotation of each position."""
+        w_uk, w_uv = self.kv_b_proj.weight.view(self.H, self.nope + self.V, self.C).split([self.nope, self.V], 1)
+        steps = get_forward_context().attn_metadata
+        metadata = None if steps is None else steps[self.prefix]
+        project = self._project_in_kernels if x.is_cuda else self._project
+        q, index_q = project(x, w_uk, turn, None if metadata is None else metadata.slot_N)
+        if metadata is None:
+            out = q[..., : self.C]
+        else:
+            weight = F.linear(wide, self.indexer.weights_proj.weight) * self.index_scale
+            out = self._attend(q, index_q, weight, metadata)
+        value = torch.bmm(out.transpose(0, 1), w_uv.transpose(1, 2)).transpose(0, 1)
+        return F.linear(value.flatten(1), self.o_proj.weight)
+
+    def _project(self, x: Tensor, w_uk: Tensor, turn: Tensor, slot_N: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Queries in latent form [N, H, W] and the indexer's [N, heads, D]; the rows of the new tokens are cached.
+
+        Args:
+            slot_N: their places; -1, which fills up a step, is the block that nothing reads.
+        """
         compressed, latent, rope, index_k = F.linear(x, self._down).split(self._down_sizes, -1)
         latent, compressed = self.kv_a_layernorm(latent), self.q_a_layernorm(compressed)
         q, index_q = F.linear(compressed, self._up).split(self._up_sizes, -1)
@@ -212,31 +250,40 @@ class DsaAttention(nn.Module, AttentionLayerBase):
         rope = rotate_pairs(torch.cat([q[..., self.nope :], rope[:, None]], 1), turn)
         index_k = self.indexer.k_norm(index_k)
         index = rotate_halves(torch.cat([index_q, index_k], -1).unflatten(-1, (-1, self.D)), turn)
-        w_uk, w_uv = self.kv_b_proj.weight.view(self.H, self.nope + self.V, self.C).split([self.nope, self.V], 1)
         absorbed = torch.bmm(q[..., : self.nope].transpose(0, 1), w_uk).transpose(0, 1)
-        q = torch.cat([absorbed, rope[:, : self.H]], -1)
-        metadata = get_forward_context().attn_metadata
-        if metadata is None:
-            out = absorbed
-        else:
-            weight = F.linear(x.float(), self.indexer.weights_proj.weight) * self.index_scale
-            row = torch.cat([latent, rope[:, self.H], index[:, self.index_H]], -1)
-            out = self._attend(q, index[:, : self.index_H], weight, row, metadata[self.prefix])
-        value = torch.bmm(out.transpose(0, 1), w_uv.transpose(1, 2)).transpose(0, 1)
-        return F.linear(value.flatten(1), self.o_proj.weight)
+        if slot_N is not None:
+            row = torch.cat([latent, rope[:, self.H], index[:, self.index_H]], -1)[: len(slot_N)]
+            cache = self.kv_cache.flatten(0, 1)
+            cache.index_copy_(0, slot_N.long().clamp(min=0), row.to(cache.dtype))
+        return torch.cat([absorbed, rope[:, : self.H]], -1), index[:, : self.index_H]
 
-    def _attend(self, q_NHW: Tensor, index_q: Tensor, weight: Tensor, row: Tensor, metadata: DsaMetadata) -> Tensor:
-        """Cache the new rows and attend: [N, H, C]."""
-        cache = self.kv_cache.flatten(0, 1)
-        if step := metadata.paged:
-            assert len(step.slot_N) == len(row), "steps are not padded without CUDA graphs"
-            cache.index_copy_(0, step.slot_N, row)
-            return dsa_paged.attend(
-                q_NHW, index_q, weight, cache, step, value_dim=self.C, topk=self.topk, scale=self.scale
-            )
-        slots = metadata.slot_N
-        assert slots is not None
-        cache.index_copy_(0, slots, row[: len(slots)].to(cache.dtype))
+    def _project_in_kernels(
+        self, x: Tensor, w_uk: Tensor, turn: Tensor, slot_N: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """What _project does, in a launch for all that lies between two products."""
+        from trimtab.kernels.decoder import latent_rows, rotate_queries
+
+        ix = self.indexer
+        if slot_N is None:  # a dry run before there is a cache
+            slot_N = torch.full((len(x),), -1, device=x.device)
+            cache = x.new_empty(1, self.C + self.R + self.D)
+        else:
+            cache = self.kv_cache.flatten(0, 1)
+        gains = self.q_a_layernorm.weight, self.kv_a_layernorm.weight, ix.k_norm.weight, ix.k_norm.bias
+        compressed = latent_rows(F.linear(x, self._down), *gains, turn, slot_N, cache, ix.k_norm.eps)
+        up = F.linear(compressed, self._up)
+        q_NHW = x.new_empty(len(x), self.H, self.C + self.R)
+        index_q = rotate_queries(up, turn, q_NHW, self.nope, self.index_H)
+        nope = up[:, : self._up_sizes[0]].unflatten(-1, (self.H, -1))[..., : self.nope]
+        torch.bmm(nope.transpose(0, 1), w_uk, out=q_NHW[..., : self.C].transpose(0, 1))
+        return q_NHW, index_q
+
+    def _attend(self, q_NHW: Tensor, index_q: Tensor, weight: Tensor, metadata: DsaMetadata) -> Tensor:
+        """Attend to what is cached: [N, H, C]."""
+        if step := metadata.step:
+            assert len(step.slot_N) == len(q_NHW), (len(step.slot_N), len(q_NHW))
+            cache = self.kv_cache.flatten(0, 1)
+            return step.attend(q_NHW, index_q, weight, cache, value_dim=self.C, topk=self.topk, scale=self.scale)
         out_NHC = q_NHW.new_zeros(*q_NHW.shape[:2], self.C)
         for bucket in metadata.buckets:
             token = bucket.token_BT
@@ -285,9 +332,11 @@ class Layer(nn.Module):
         self.input_layernorm = Norm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = Norm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, turn: Tensor) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), turn)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def forward(self, x: Tensor, delta: Tensor | None, turn: Tensor) -> tuple[Tensor, Tensor]:
+        """The stream x and what the block before adds to it, to those of the block behind."""
+        x, normed, wide = self.input_layernorm.after(x, delta)
+        x, normed, wide = self.post_attention_layernorm.after(x, self.self_attn(normed, wide, turn))
+        return x, self.mlp(normed, wide)
 
 
 class Decoder(nn.Module):
@@ -301,9 +350,16 @@ class Decoder(nn.Module):
         self.norm = Norm(c.hidden_size, c.rms_norm_eps)
 
     def forward(self, x: Tensor, turn: Tensor) -> Tensor:
+        delta = None
         for layer in self.layers:
-            x = layer(x, turn)
-        return self.norm(x)
+            x, delta = layer(x, delta, turn)
+        return self.norm.after(x, delta)[1]
+
+
+def _policy_config(hf_config: Any) -> DeepseekV32Config:
+    """The policy's config. vLLM reads deepseek_v32 as DeepseekV3Config, which knows neither mlp_layer_types nor
+    rope_parameters."""
+    return DeepseekV32Config.from_dict(hf_config.to_dict() | {"model_type": "deepseek_v32"})
 
 
 class DsaForCausalLM(nn.Module):
@@ -315,9 +371,7 @@ class DsaForCausalLM(nn.Module):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__()
-        # vLLM reads deepseek_v32 as DeepseekV3Config, which knows neither mlp_layer_types nor rope_parameters.
-        given = vllm_config.model_config.hf_config.to_dict() | {"model_type": "deepseek_v32"}
-        self.config = c = DeepseekV32Config.from_dict(given)
+        self.config = c = _policy_config(vllm_config.model_config.hf_config)
         if c.attention_bias:
             raise ValueError("attention_bias=true is not supported; DeepSeek-V3.2 has none")
         if c.rope_parameters["rope_type"] not in ("default", "yarn", "linear"):
@@ -332,7 +386,8 @@ class DsaForCausalLM(nn.Module):
             rotary = DeepseekV32RotaryEmbedding(c)
         cos, sin = rotary.to(positions.device)(torch.empty(0, dtype=torch.float32), positions[None])
         half = c.qk_rope_head_dim // 2
-        self._turn = torch.complex(cos[0, :, None, :half], sin[0, :, None, :half])
+        # A buffer, so that sleep keeps it; not of the checkpoint.
+        self.register_buffer("_turn", torch.complex(cos[0, :, None, :half], sin[0, :, None, :half]), persistent=False)
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         return self.model.embed_tokens(input_ids)

@@ -8,11 +8,19 @@ token, B = sequences, T = their queries (padded), L = their keys (padded).
 """
 
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+def _kernels() -> ModuleType:
+    """The same computations on a GPU, each in one launch. A machine without a GPU need not have Triton."""
+    from trimtab.kernels import decoder
+
+    return decoder
 
 
 class Weight(nn.Module):
@@ -33,6 +41,14 @@ class Norm(Weight):
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
+    def after(self, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """x + delta, its norm, and the norm again in float32."""
+        if x.is_cuda:
+            return _kernels().add_norm(x, delta, self.weight, self.eps)
+        x = x if delta is None else x + delta
+        normed = self(x)
+        return x, normed, normed.float()
+
 
 class Mlp(nn.Module):
     """The gated unit of a dense layer, and of the shared expert."""
@@ -44,8 +60,12 @@ class Mlp(nn.Module):
         self.gate_proj, self.up_proj = Weight(gate), Weight(up)
         self.down_proj = Weight(torch.empty(width, inner))
 
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = F.linear(x, self._gate_up).chunk(2, -1)
+    def forward(self, x: Tensor, _: Tensor | None = None) -> Tensor:
+        """x [N, hidden]; what a routed layer reads beside it is ignored."""
+        gate_up = F.linear(x, self._gate_up)
+        if x.is_cuda:
+            return F.linear(_kernels().silu_mul(gate_up), self.down_proj.weight)
+        gate, up = gate_up.chunk(2, -1)
         return F.linear(F.silu(gate) * up, self.down_proj.weight)
 
 
@@ -88,8 +108,14 @@ class Router(nn.Module):
         self.scale = config.routed_scaling_factor
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Expert ids [N, K] and their gate weights [N, K] float32."""
-        score = F.linear(x.float(), self.weight).sigmoid()
+        """Expert ids [N, K] and their gate weights [N, K] float32, from x [N, hidden] float32."""
+        logit = F.linear(x, self.weight)
+        if x.is_cuda:
+            return _kernels().route(
+                logit, self.e_score_correction_bias, self.K, groups=self.groups, groups_kept=self.groups_kept,
+                normalise=self.normalise, scale=self.scale,
+            )  # fmt: skip
+        score = logit.sigmoid()
         choice = score + self.e_score_correction_bias
         if self.groups_kept < self.groups:
             grouped = choice.unflatten(-1, (self.groups, -1))
@@ -134,8 +160,9 @@ class Moe(nn.Module):
         self.gate, self.experts = Router(config), experts
         self.shared_experts = Mlp(config.hidden_size, config.moe_intermediate_size * config.n_shared_experts)
 
-    def forward(self, x: Tensor) -> Tensor:
-        ids, gate = self.gate(x)
+    def forward(self, x: Tensor, wide: Tensor) -> Tensor:
+        """x [N, hidden]; wide is x in float32, which the router reads."""
+        ids, gate = self.gate(wide)
         if self.capture_fn is not None:
             self.capture_fn(ids)
         return self.experts(x, ids, gate) + self.shared_experts(x)

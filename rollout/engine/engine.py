@@ -2,14 +2,16 @@
 
 import json
 import os
+import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
+from trimtab.rollout.engine.sequences import Running, SequenceRecord
+from trimtab.rollout.engine.weights import Array, Handle, Layout, Named, to_tensors
 from trimtab.rollout.types import Completion, Request
 
 ENVIRONMENT = {
@@ -17,6 +19,8 @@ ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_USE_DEEP_GEMM": "0",  # kernels for quantised weights, of which there are none
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",  # it keeps no sets
+    "HF_HUB_OFFLINE": "1",  # a checkpoint is a folder here
     "TORCHDYNAMO_DISABLE": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "TRITON_F32_DEFAULT": "ieee",  # vLLM's own kernels: fp32 means fp32, not TF32
@@ -46,6 +50,12 @@ class EngineConfig:
     max_num_seqs: int = 128
     max_batched_tokens: int = 4096
     """Tokens of one step; longer prompts are computed in chunks."""
+    graphs: bool = False
+    """Decode in CUDA graphs; needs a GPU."""
+    sleep: bool = False
+    """Whether the engine can rest with its GPU memory given back; needs a GPU."""
+    stop_ids: tuple[int, ...] | None = None
+    """Ids that end a turn; None: those of the checkpoint."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -96,23 +106,31 @@ def moe_layers(config: Mapping[str, Any]) -> list[int]:
 class Engine:
     """A continuous batch: add requests at any time, step while busy.
 
+    Speaks with vLLM's engine core directly: its front end turns every recorded array into lists, token by token.
     Importing vllm takes seconds and reads the environment, so it happens here and not above.
+
+    Raises:
+        ValueError: graphs or sleep without a GPU.
     """
 
     def __init__(self, config: EngineConfig):
+        check_device(config, on_gpu=torch.cuda.is_available())
+        started = time.perf_counter()
         os.environ.update(ENVIRONMENT)
         from vllm import LLM
 
-        from trimtab.rollout.engine import plugin, weights
+        from trimtab.rollout.engine import plugin, receive
 
         plugin.register()
         policy = read_config(config.model)
-        eos = policy.get("eos_token_id")
-        self.config, self.version = config, 0
-        self._stop = [] if eos is None else [eos] if isinstance(eos, int) else eos
+        if policy["architectures"][0] != DSA:
+            plugin.resolve(policy["architectures"][0])
+        imported = time.perf_counter()
+        self.config, self.version, self.asleep = config, 0, False
+        self._stop = list(_eos(policy) if config.stop_ids is None else config.stop_ids)
         self._moe_layers = moe_layers(policy)
         self._experts_per_token = policy.get("num_experts_per_tok", 0)
-        self._running: set[str] = set()
+        self._running: dict[str, tuple[Running, SequenceRecord]] = {}
         self._count = 0
         self._llm = LLM(
             model=config.model,
@@ -123,17 +141,23 @@ class Engine:
             max_num_batched_tokens=config.max_batched_tokens,
             kv_cache_memory_bytes=config.kv_cache_bytes,
             seed=config.seed,
-            enforce_eager=True,
             enable_prefix_caching=True,
             enable_chunked_prefill=True,
             generation_config="vllm",
             logprobs_mode="processed_logprobs",
             enable_return_routed_experts=bool(self._moe_layers),
-            weight_transfer_config={"backend": weights.BACKEND},
+            weight_transfer_config={"backend": receive.BACKEND},
             **(_dsa_options(plugin.ARCHITECTURE) if policy["architectures"][0] == DSA else {}),
-            **_device_options(),
+            **_graph_options(config),
+            **_device_options(config),
         )
+        self._core = self._llm.llm_engine.engine_core
         self._llm.init_weight_transfer_engine({"init_info": {}})
+        self._llm.update_weight_version(str(self.version))
+        self.start_seconds = {"imports": imported - started, **self._llm.collective_rpc("start_seconds")[0]}
+        """Where the time of the start went."""
+        known = sum(self.start_seconds.values())
+        self.start_seconds["rest"] = time.perf_counter() - started - known
 
     @property
     def busy(self) -> bool:
@@ -146,10 +170,9 @@ class Engine:
         Raises:
             ValueError: its prompt leaves no room for a token, or its routes_start is wrong.
         """
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
+        from vllm.v1.engine import EngineCoreRequest
 
-        length, sampling = len(request.prompt_ids), request.sampling
+        length = len(request.prompt_ids)
         room = self.config.max_model_len - length
         if not length or room < 1:
             raise ValueError(
@@ -157,85 +180,192 @@ class Engine:
             )
         if not 0 <= request.routes_start < length:
             raise ValueError(f"{request.name}: routes_start must lie in [0, {length}), got {request.routes_start}")
-        params = SamplingParams(
-            n=request.n,
+        self._count += 1
+        running = Running(f"{self._count} {request.name}", [SequenceRecord() for _ in range(request.n)])
+        for i, record in enumerate(running.records):
+            key = f"{self._count}.{i}"
+            self._core.add_request(
+                EngineCoreRequest(
+                    request_id=key,
+                    prompt_token_ids=list(request.prompt_ids),
+                    mm_features=None,
+                    sampling_params=self._sampling_params(replace(request, seed=request.seed + i), room),
+                    pooling_params=None,
+                    arrival_time=time.time(),
+                    lora_request=None,
+                    cache_salt=str(self.version),  # what other weights cached is never found
+                    data_parallel_rank=None,
+                )
+            )
+            self._running[key] = running, record
+        return running.key
+
+    def _sampling_params(self, request: Request, room: int) -> Any:
+        from vllm import SamplingParams
+
+        sampling = request.sampling
+        return SamplingParams(
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             top_k=sampling.top_k,
             max_tokens=min(sampling.max_tokens or room, room),
             seed=request.seed,
             logprobs=0,
-            flat_logprobs=True,
             stop_token_ids=self._stop,
             detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
             routed_experts_prompt_start=request.routes_start,
         )
-        self._count += 1
-        key = f"{self._count} {request.name}"
-        self._llm.llm_engine.add_request(key, {"prompt_token_ids": list(request.prompt_ids)}, params)
-        self._running.add(key)
-        return key
 
     def step(self) -> list[tuple[str, list[Completion]]]:
         """Compute one token of each running sequence; return the keys of the requests that it
         finished, with their completions."""
         finished = []
-        for output in self._llm.llm_engine.step():
-            if output.finished:
-                self._running.remove(output.request_id)
-                outputs = sorted(output.outputs, key=lambda o: o.index)
-                finished.append((output.request_id, [self._completion(o) for o in outputs]))
+        for output in self._core.get_output().outputs:
+            running, record = self._running[output.request_id]
+            record.add(output)
+            if record.finish is not None:
+                del self._running[output.request_id]
+                if all(one.finish is not None for one in running.records):
+                    finished.append((running.key, [self._completion(one) for one in running.records]))
         return finished
 
-    def load_weights(self, weights: Mapping[str, Any] | Iterable[tuple[str, Any]], version: int) -> None:
-        """Copy weights into the model and forget what was cached under the old ones.
+    def _completion(self, record: SequenceRecord) -> Completion:
+        return record.completion(
+            layers=self._moe_layers, experts_per_token=self._experts_per_token, version=self.version
+        )
+
+    def load_weights(self, weights: Mapping[str, Any] | Iterable[Named], version: int) -> None:
+        """Copy weights into the model.
 
         Args:
-            weights: tensors or arrays by the names transformers gives them; those left out stay.
+            weights: tensors by the names transformers gives them; those left out stay.
 
         Raises:
             ValueError: requests are unfinished, or a name or shape does not fit.
         """
-        if self.busy:
-            raise ValueError(f"{len(self._running)} requests are unfinished; load weights between requests")
         pairs = weights.items() if isinstance(weights, Mapping) else weights
         tensors = [(name, torch.as_tensor(weight)) for name, weight in pairs]
+        self.begin_update()
+        self._receive({"weights": tensors})
+        self.finish_update(version)
+
+    def begin_update(self) -> None:
+        """Make ready for chunks of weights.
+
+        Raises:
+            ValueError: requests are unfinished.
+        """
+        if self.busy:
+            raise ValueError(f"{len(self._running)} sequences are unfinished; load weights between requests")
         self._drain()
         self._llm.start_weight_update()
-        self._llm.update_weights({"update_info": {"weights": tensors}})
+
+    def receive_shared(self, layout: Layout, handle: Handle) -> None:
+        """Load a chunk from a buffer that this GPU shares; afterwards it may be filled anew.
+
+        Raises:
+            ValueError: a name or shape does not fit; the update is over.
+        """
+        self._receive({"layout": layout, "handle": handle})
+
+    def receive_stored(self, arrays: Iterable[Array]) -> None:
+        """Load a chunk of arrays of this host; raises as receive_shared does."""
+        self._receive({"weights": to_tensors(arrays)})
+
+    def _receive(self, update: dict[str, Any]) -> None:
+        self._llm.update_weights({"update_info": update})
+
+    def finish_update(self, version: int) -> None:
+        """All chunks are there: sample with them from now on, under this version."""
         self._llm.finish_weight_update(weight_version=str(version))
-        assert self._llm.reset_prefix_cache()
         self.version = version
 
+    def weight_version(self) -> int:
+        """The version of the weights, as vLLM has it."""
+        return int(self._llm.get_weight_version())
+
+    def checksums(self) -> dict[str, float]:
+        """The sum of the weights of each tensor group (weights.checksums), as they lie in this engine."""
+        return self._llm.collective_rpc("checksums")[0]
+
+    def sleep(self) -> None:
+        """Give the GPU memory back: weights wait in host memory, the cache is dropped.
+
+        Raises:
+            ValueError: the engine was not made to sleep, or requests are unfinished.
+        """
+        if not self.config.sleep:
+            raise ValueError("this engine cannot sleep; make it with sleep=True")
+        if self.busy:
+            raise ValueError(f"{len(self._running)} sequences are unfinished; an engine sleeps between requests")
+        self._drain()
+        self._llm.sleep(level=1)
+        self.asleep = True
+
+    def wake(self, what: str) -> None:
+        """Take GPU memory again, for "weights" and then for the "kv_cache"; with both the engine can serve.
+
+        Safe to repeat. The addresses are those from before, so graphs stay valid.
+        """
+        core = self._core.engine_core.model_executor
+        if what in core.sleeping_tags:
+            self._llm.wake_up(tags=[what])
+        self.asleep = bool(core.sleeping_tags)
+
     def _drain(self) -> None:
-        """Finish the step that a GPU began ahead, for sequences that ended meanwhile: it holds blocks of the cache."""
-        core = self._llm.llm_engine.engine_core.engine_core
-        while core.batch_queue:
-            self._llm.llm_engine.step()
+        """Finish the step that a GPU began ahead for sequences that ended meanwhile: it reads weights and cache."""
+        while self._core.engine_core.batch_queue:
+            self._core.get_output()
 
     def close(self) -> None:
         """Shut the engine down; nothing of it stays behind."""
-        self._llm.llm_engine.engine_core.shutdown()
+        self._core.shutdown()
 
-    def _completion(self, output: Any) -> Completion:
-        """What vLLM returned, as arrays. Nothing is checked here: a Segment refuses what is missing."""
-        kept = [] if output.sampling_mask is None else output.sampling_mask.token_ids
-        if not self._moe_layers:
-            routes = np.zeros((0, 0, 0), np.uint8)
-        elif output.routed_experts is None:
-            routes = np.zeros((0, len(self._moe_layers), self._experts_per_token), np.uint8)
-        else:
-            routes = output.routed_experts[:, self._moe_layers]
-        return Completion(
-            token_ids=np.array(output.token_ids, np.int32),
-            logp=np.array(output.logprobs.logprobs if output.logprobs else [], np.float32),
-            kept_ids=np.array([i for ids in kept for i in ids], np.int32),
-            kept_offsets=np.cumsum([0, *map(len, kept)], dtype=np.int64),
-            routes=routes,
-            weight_version=self.version,
-            finish="stop" if output.finish_reason == "stop" else "length",
-        )
+
+def check_device(config: EngineConfig, *, on_gpu: bool) -> None:
+    """Raises ValueError where a config needs a GPU and there is none."""
+    for name in ("graphs", "sleep"):
+        if getattr(config, name) and not on_gpu:
+            raise ValueError(f"{name}=True needs a GPU, and this engine has none; leave {name} out")
+
+
+def weight_bytes(config: EngineConfig) -> int:
+    """Bytes of a policy's weights in an engine, read off the checkpoint's files."""
+    stored = str(read_config(config.model).get("dtype") or read_config(config.model).get("torch_dtype") or "float32")
+    files = sum(file.stat().st_size for file in Path(config.model).glob("*.safetensors"))
+    return files * getattr(torch, config.dtype).itemsize // getattr(torch, stored).itemsize
+
+
+def capture_sizes(max_num_seqs: int) -> list[int]:
+    """The batch sizes with a CUDA graph: a batch is padded by an eighth at most beyond 64 sequences, by 7 below.
+
+    Each costs a fraction of a second at the start and some memory.
+    """
+    sizes = [size for size in (1, 2, 4, 8) if size < max_num_seqs]
+    while sizes and sizes[-1] >= 8:
+        step = max(8, (1 << sizes[-1].bit_length() - 1) // 8)
+        if sizes[-1] + step >= max_num_seqs:
+            break
+        sizes.append(sizes[-1] + step)
+    return [*sizes, max_num_seqs]
+
+
+def _eos(policy: Mapping[str, Any]) -> list[int]:
+    eos = policy.get("eos_token_id")
+    return [] if eos is None else [eos] if isinstance(eos, int) else eos
+
+
+def _graph_options(config: EngineConfig) -> dict[str, Any]:
+    """Whole decoding steps in graphs, prompts eager; nothing is compiled, so a start takes seconds."""
+    if not config.graphs:
+        return {"enforce_eager": True}
+    return {
+        "compilation_config": {
+            "mode": 0,
+            "cudagraph_mode": "FULL_DECODE_ONLY",
+            "cudagraph_capture_sizes": capture_sizes(config.max_num_seqs),
+        }
+    }
 
 
 def _dsa_options(architecture: str) -> dict[str, Any]:
@@ -244,14 +374,18 @@ def _dsa_options(architecture: str) -> dict[str, Any]:
     return {"hf_overrides": {"architectures": [architecture], "model_type": "trimtab_dsa"}, "block_size": 16}
 
 
-def _device_options() -> dict[str, Any]:
+def _device_options(config: EngineConfig) -> dict[str, Any]:
     """How kept sets are recorded here: by vLLM itself on a GPU, by our worker on a CPU."""
     if torch.cuda.is_available():
-        # The cache's size is given, so this share need only be free at the start: others live on the same GPU.
-        return {"return_sampling_mask": True, "gpu_memory_utilization": 0.01}
-    from trimtab.rollout.engine.recording import RecordingCPUWorker, RecordingScheduler
-
+        return {
+            "worker_cls": "trimtab.rollout.engine.gpu_worker.GpuWorker",
+            "return_sampling_mask": True,
+            "enable_sleep_mode": config.sleep,
+            "enable_flashinfer_autotune": False,  # for kernels of quantised weights
+            # The cache's size is given, so this share need only be free at the start: others live on the same GPU.
+            "gpu_memory_utilization": 0.01,
+        }
     return {
-        "worker_cls": f"{RecordingCPUWorker.__module__}.{RecordingCPUWorker.__qualname__}",
-        "scheduler_cls": f"{RecordingScheduler.__module__}.{RecordingScheduler.__qualname__}",
+        "worker_cls": "trimtab.rollout.engine.recording.RecordingCPUWorker",
+        "scheduler_cls": "trimtab.rollout.engine.recording.RecordingScheduler",
     }

@@ -14,6 +14,10 @@ from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.sampler import Sampler
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from trimtab.rollout.engine.worker import reporting
+
+REPORTING: Any = reporting(CPUWorker)
+
 
 def truncate(logit_BV: Tensor, top_k_B: Tensor, top_p_B: Tensor | None) -> tuple[Tensor, Tensor]:
     """Keep the top_k best ids, and of these the fewest whose probability reaches top_p.
@@ -96,7 +100,7 @@ class RecordingSampler(Sampler):
         return id_BK.gather(1, sampled_B1)[:, 0], logp_BV
 
 
-class RecordingCPUWorker(CPUWorker):
+class RecordingCPUWorker(REPORTING):
     """A CPU worker whose outputs carry the kept sets."""
 
     def init_device(self) -> None:

@@ -45,7 +45,11 @@ from trimtab.rollout.formats.dsml import (
 from trimtab.rollout.formats.strict_json import dumps
 
 
-class MarkupError(ValueError):
+class FormatError(ValueError):
+    """The format, or a checkpoint's template, cannot say this conversation."""
+
+
+class MarkupError(FormatError):
     """Text contains markup of the format, so it cannot be told apart, or it is no text."""
 
 
@@ -61,11 +65,14 @@ class _Piece:
 class Chat:
     """The format over one tokenizer.
 
+    Args:
+        stops: ids that end a turn besides the format's, as stop_ids of the checkpoint has them.
+
     Raises:
         ValueError: the tokenizer does not write each of SPECIAL_TOKENS as one token.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast):
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, stops: Iterable[int] = ()):
         vocabulary = tokenizer.get_vocab()
         self._tokenizer = tokenizer
         self._known = frozenset(vocabulary.values())
@@ -75,12 +82,17 @@ class Chat:
         self._added = frozenset(added.values())
         self._reserved = (*RESERVED, *sorted(added.keys() - {*RESERVED, *MARKUP}))
         self.bos_id, self.eos_id = vocabulary[BOS], vocabulary[EOS]
+        self.stop_ids = tuple(dict.fromkeys((self.eos_id, *stops)))
+        """What an engine must stop at."""
         self.think_open_id, self.think_close_id = vocabulary[THINK_OPEN], vocabulary[THINK_CLOSE]
 
     @classmethod
     def load(cls, path: str | Path) -> "Chat":
         """The format over the tokenizer of a checkpoint folder."""
         return cls(AutoTokenizer.from_pretrained(path))
+
+    def verify(self, *, thinking: bool, tools: bool) -> None:
+        """Nothing to try: the format has both, over every tokenizer that has its tokens."""
 
     def conversation(self, messages: Iterable[Message], *, thinking: bool) -> "Conversation":
         """A conversation in this format that begins with messages."""

@@ -1,0 +1,69 @@
+"""What a batch cost: seconds by phase, tokens a second, the share of the GPU's peak, memory."""
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from trimtab.grpo.batch import Trajectory
+from trimtab.grpo import clock
+from trimtab.grpo.clock import Clock
+from trimtab.grpo.config import Config
+from trimtab.grpo.flops import Work, forward, mfu, training
+from trimtab.grpo.shape import shape_of
+from trimtab.rollout.checkpoint import read_config
+
+UPDATE = ("packing", "reference", "forward and backward", "optimiser")
+GIB = 2**30
+
+
+class Meter:
+    """Turns a clock's phases into metrics, batch by batch."""
+
+    def __init__(self, config: Config, phases: Clock):
+        self._config, self._clock = config, phases
+        self._shape = shape_of(read_config(config.model))
+        self._started = 0.0
+
+    def start(self) -> None:
+        """A batch begins."""
+        self._clock.seconds()
+        self._started = time.perf_counter()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+
+    def metrics(self, metrics: Mapping[str, Any], batch: Sequence[Trajectory]) -> dict[str, Any]:
+        """What the batch that began with `start` cost until now."""
+        seconds = self._clock.seconds()
+        found: dict[str, Any] = dict(clock.metrics(seconds))
+        found["seconds"] = time.perf_counter() - self._started
+        if rollout := seconds.get("rollout"):
+            found["tokens_per_s/rollout"] = metrics["sampled_tokens"] / rollout
+        update = sum(seconds.get(phase, 0.0) for phase in UPDATE)
+        if batch and update:
+            found["tokens_per_s/train"] = sum(trajectory.num_tokens for trajectory in batch) / update
+        if torch.cuda.is_available():
+            found |= _memory() | self._mfu(batch, update)
+        return found
+
+    def _mfu(self, batch: Sequence[Trajectory], seconds: float) -> dict[str, float]:
+        """Model FLOPs of an update, its reference included, as a share of the peak; nothing for an unknown GPU."""
+        segments = [segment for trajectory in batch for segment in trajectory.segments]
+        work = Work(
+            lengths=[len(segment.token_ids) for segment in segments],
+            sampled=sum(len(segment.logp) for segment in segments),
+            kept=sum(len(segment.kept_ids) for segment in segments) if self._config.keep_sampling_mask else None,
+        )
+        flops = training(
+            self._shape, work, full=not self._config.lora.rank, learn_indexer=self._config.indexer_kl > 0
+        ) + self._config.needs_reference * forward(self._shape, work)
+        share = mfu(flops, seconds, torch.cuda.get_device_name())
+        return {} if share is None else {"mfu": share}
+
+
+def _memory() -> dict[str, float]:
+    """Peak of the trainer; what other processes, engines above all, hold now."""
+    free, total = torch.cuda.mem_get_info()
+    trainer, reserved = torch.cuda.max_memory_reserved(), torch.cuda.memory_reserved()
+    return {"memory/trainer_gib": trainer / GIB, "memory/engine_gib": max(total - free - reserved, 0) / GIB}

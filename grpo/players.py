@@ -1,0 +1,122 @@
+"""The engines that sample, the model that judges, and the tasks they play."""
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from trimtab.grpo import services, sync
+from trimtab.grpo.clock import Clock
+from trimtab.grpo.config import Config, resolved
+from trimtab.grpo.mixture import Draw, PlayedBatch, load_tasks, play_draws
+from trimtab.grpo.trainer import Trainer
+from trimtab.rollout.engine.engine import EngineConfig
+from trimtab.rollout.engine.pool import Pool, gpu_share
+from trimtab.rollout.engine.weights import checksums
+from trimtab.rollout.formats.template import load_format
+from trimtab.rollout.types import Request
+
+DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
+
+
+class Players:
+    """Plays draws with the policy's newest weights. Engines that sleep leave the GPU to the trainer between batches."""
+
+    def __init__(
+        self,
+        config: Config,
+        pool: Pool,
+        judge: services.Judging | None,
+        runner: asyncio.Runner,
+        clock: Clock,
+    ):
+        self._config, self.pool, self.judge, self._runner, self._clock = config, pool, judge, runner, clock
+        self._chat = load_format(config.model, config.syntax)
+        self._probe: Request | None = None
+        self.tasks = load_tasks(config, **(judge.services if judge else {}))
+
+    @classmethod
+    @contextmanager
+    def start(cls, config: Config, folder: Path, clock: Clock) -> Iterator["Players"]:
+        """Start the engines, those of the policy in the background; a judge's only if a task asks for one."""
+        with ExitStack() as stack:
+            runner = stack.enter_context(asyncio.Runner())
+            judges = services.is_needed(config)
+            engine_judges = judges and not config.judge.model
+            share = config.rollout.gpus_per_actor
+            share = gpu_share(config.rollout.actors + engine_judges) if share is None else share
+            pool = Pool(engine_config(config, config.model), config.rollout.actors, share)
+            stack.callback(pool.close)
+            judge = None
+            if engine_judges:
+                settings = engine_config(config, config.judge.checkpoint or config.model, sleep=False)
+                judge = stack.enter_context(services.engine(config, settings, share))
+            elif judges:
+                judge = stack.enter_context(services.endpoint(config, folder))
+            yield cls(config, pool, judge, runner, clock)
+
+    def wait_until_ready(self) -> None:
+        """Return when the engines can serve; those that sleep while the policy trains do so until the first update.
+
+        Raises:
+            EngineError: one did not start.
+        """
+        self.pool.wait_until_ready()
+        self.pool.sleep()
+
+    def play(self, draws: list[Draw], group_size: int) -> PlayedBatch:
+        """Play all draws; the prompt of one of them becomes the probe of later updates."""
+        generate = self._clock.while_awaited("rollout", self.pool.generate)
+        with self._clock.phase("rewards"):
+            played = self._runner.run(play_draws(draws, self._config, generate, self._chat, group_size))
+        if played.groups:
+            segment = played.groups[0].episodes[0].segments[0]
+            self._probe = sync.probe_of(segment, self._config.sampling)
+        return played
+
+    def rest(self) -> None:
+        """Leave the GPU to the trainer, where the ledger says that both do not fit."""
+        with self._clock.phase("wake and sleep"):
+            self.pool.sleep()
+
+    def update(self, trainer: Trainer, version: int) -> dict[str, float]:
+        """Hand the policy's weights over, wake, and check that every engine computes with them.
+
+        Raises:
+            WeightMismatch: one does not.
+        """
+        with self._clock.phase("weights"):
+            trainer.rest()
+            self.pool.load_weights(trainer.stream, version)
+        with self._clock.phase("wake and sleep"):
+            self.pool.wake()
+        if self._probe is None:
+            return {}
+        with self._clock.phase("weights"):
+            difference = sync.check(
+                self.pool,
+                version,
+                self._probe,
+                precision=self._config.precision or "fp32",
+                score=trainer.score,
+                checksums=lambda: checksums(trainer.stream()),
+            )
+        return {"probe_difference": difference}
+
+
+def engine_config(config: Config, model: str, *, sleep: bool | None = None) -> EngineConfig:
+    """What an engine for this model is started with in this run."""
+    rollout = config.rollout
+    chat: Any = load_format(model, config.syntax if model == config.model else "")
+    return EngineConfig(
+        model=model,
+        dtype=DTYPES[config.precision or "fp32"],
+        max_model_len=resolved(rollout.max_len),
+        kv_cache_bytes=resolved(rollout.kv_cache_mib) * 2**20,
+        max_num_seqs=rollout.max_num_seqs,
+        graphs=bool(rollout.graphs),
+        sleep=bool(rollout.sleep) if sleep is None else sleep,
+        stop_ids=tuple(chat.stop_ids),
+        seed=config.seed,
+    )

@@ -1,0 +1,97 @@
+"""What can be known before the first minute is known here: nothing starts unless all of it holds."""
+
+import asyncio
+import random
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trimtab.environments.base import Task, VoidEpisode
+from trimtab.grpo import services
+from trimtab.grpo.config import Config, resolved
+from trimtab.grpo.ledger import Plan, choose
+from trimtab.grpo.mixture import load_tasks, stable_seed
+from trimtab.grpo.models import locate
+from trimtab.grpo.policy.policy import check_checkpoint
+from trimtab.grpo.resolve import resolve
+from trimtab.grpo.shape import shape_of
+from trimtab.grpo.stages.cold_start import quickstart_policy
+from trimtab.rollout.checkpoint import read_config
+from trimtab.rollout.context import Context, Format
+from trimtab.rollout.formats.template import load_format
+
+
+def complete(config: Config) -> tuple[Config, Plan]:
+    """The configuration with every open setting filled in, and how its bytes share the GPU.
+
+    Raises:
+        ValueError: a checkpoint, format, task, judge or size that cannot be run; in one sentence, with the remedy.
+    """
+    judge = replace(config.judge, checkpoint=_found(config.judge.checkpoint))
+    config = replace(config, model=_found(config.model), judge=judge)
+    for checkpoint in filter(None, (config.model, judge.checkpoint)):
+        check_checkpoint(Path(checkpoint))
+    config = resolve(config, _model(config), gpu=torch.cuda.is_available())
+    tasks = load_tasks(config, **dict.fromkeys(services.SERVICES))
+    if config.model:
+        asyncio.run(check_openings(config, tasks, load_format(config.model, config.syntax)))
+    if judge.checkpoint:
+        load_format(judge.checkpoint)
+    services.check(config)
+    plan = plan_memory(config)
+    rollout = replace(config.rollout, sleep=plan.sleep, kv_cache_mib=plan.kv_cache_mib)
+    return replace(config, rollout=rollout), plan
+
+
+def plan_memory(config: Config) -> Plan:
+    """How trainer and engines share the GPU.
+
+    Raises:
+        ValueError: they do not fit.
+    """
+    judges = services.is_needed(config) and not config.judge.model
+    judge = shape_of(read_config(config.judge.checkpoint) if config.judge.checkpoint else _model(config))
+    gpu_bytes = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
+    return choose(config, shape_of(_model(config)), gpu_bytes, judge=judge if judges else None)
+
+
+async def check_openings(config: Config, tasks: Mapping[str, Task], chat: Format) -> None:
+    """Open one task of each domain: its messages, tools and thinking have a place in the format, and fit the window.
+
+    Raises:
+        ValueError: they do not.
+    """
+    for name, domain in config.domains.items():
+        rng = random.Random(stable_seed(config.seed, "opening", name))
+        env = tasks[name].sample(rng, held_out=False)()
+        try:
+            opening = await env.start()
+            window = resolved(config.rollout.max_len)
+            context = Context(chat, opening, domain.context, thinking=domain.thinking, max_len=window)
+            length = len(context.prompt_ids())
+        except VoidEpisode:
+            continue
+        except ValueError as error:
+            raise ValueError(f"domain {name}: {error}") from error
+        finally:
+            if (close := getattr(env, "close", None)) is not None:
+                await close()
+        if length >= window:
+            raise ValueError(
+                f"domain {name}: an opening of {length} tokens does not fit rollout.max_len = {window}; raise it"
+            )
+
+
+def _found(model: str) -> str:
+    return str(locate(model)) if model else ""
+
+
+def _model(config: Config) -> dict[str, Any]:
+    """config.json of the policy; of the cold start's, where it is still to be trained."""
+    if config.model:
+        return read_config(config.model)
+    made = quickstart_policy(config.cold_start.vocab_size, bos_id=0, eos_id=1)
+    return made.to_dict() | {"architectures": ["DeepseekV32ForCausalLM"]}

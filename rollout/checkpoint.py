@@ -1,0 +1,62 @@
+"""What the files of a checkpoint folder say that rollouts need, read without the model's libraries."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """config.json of a checkpoint folder.
+
+    Raises:
+        ValueError: there is none.
+    """
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise ValueError(f"no checkpoint at {folder}: config.json is missing")
+    return json.loads(path.read_text())
+
+
+def moe_layers(config: Mapping[str, Any]) -> list[int]:
+    """The layers with routed experts, of a config.json."""
+    layers = range(config["num_hidden_layers"])
+    if config["architectures"][0] == "DeepseekV32ForCausalLM":
+        dense = config["first_k_dense_replace"]
+        kinds = config.get("mlp_layer_types") or ["dense" if i < dense else "sparse" for i in layers]
+        return [i for i in layers if kinds[i] == "sparse"]
+    if config["architectures"][0] == "Qwen3MoeForCausalLM":
+        step, dense = config.get("decoder_sparse_step", 1), config.get("mlp_only_layers") or []
+        return [i for i in layers if i not in dense and (i + 1) % step == 0]
+    return []
+
+
+def stop_ids(folder: str | Path) -> tuple[int, ...]:
+    """The ids that end a turn: those of generation_config.json, of config.json and the tokenizer's eos, in this order.
+
+    They often differ (a base model's config under a chat tokenizer); a turn that ends with any of them has ended. What
+    the chat template ends turns with comes on top of them (TemplateChat.stop_ids).
+    """
+    folder = Path(folder)
+    eos = [_read(folder / name).get("eos_token_id") for name in ("generation_config.json", "config.json")]
+    ids = [i for one in eos for i in (one if isinstance(one, list) else [one])]
+    return tuple(dict.fromkeys(int(i) for i in (*ids, _tokenizer_eos(folder)) if i is not None))
+
+
+def _tokenizer_eos(folder: Path) -> int | None:
+    settings = _read(folder / "tokenizer_config.json")
+    eos = settings.get("eos_token") or _read(folder / "special_tokens_map.json").get("eos_token")
+    text = eos.get("content") if isinstance(eos, dict) else eos
+    if text is None:
+        return None
+    added = {token["content"]: int(i) for i, token in settings.get("added_tokens_decoder", {}).items()}
+    if text in added:
+        return added[text]
+    tokenizer = _read(folder / "tokenizer.json")
+    added = {token["content"]: token["id"] for token in tokenizer.get("added_tokens", ())}
+    vocabulary = tokenizer.get("model", {}).get("vocab", {})
+    return added.get(text, vocabulary.get(text) if isinstance(vocabulary, dict) else None)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.is_file() else {}
