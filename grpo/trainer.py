@@ -280,10 +280,6 @@ class Trainer:
         with self._awake():
             yield from stream(self.policy)
 
-    def weights(self) -> dict[str, Tensor]:
-        """A copy of what `stream` gives, on the CPU."""
-        return {name: weight.to("cpu", copy=True) for name, weight in self.stream()}
-
     @contextmanager
     def _awake(self) -> Iterator[None]:
         """The master weights on the device inside, also where they rest."""

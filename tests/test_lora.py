@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from peft import PeftModel
-from test_trainer import BATCH, CONFIG
+from test_trainer import BATCH, CONFIG, weights
 from tiny import tiny_model
 from torch import Tensor
 
@@ -88,10 +88,10 @@ def test_engines_get_merged_weights_under_the_names_of_the_base(precision):
     trainer = start(replace(CONFIG, precision=precision))
     trainer.train_on(DENSE, step=0)
     names = {name for name, _ in base().model.named_parameters()}
-    weights = trainer.weights()
-    assert weights.keys() == names
+    merged = weights(trainer)
+    assert merged.keys() == names
     plain = base()
-    plain.model.load_state_dict({name: weight.float() for name, weight in weights.items()}, strict=False)
+    plain.model.load_state_dict({name: weight.float() for name, weight in merged.items()}, strict=False)
     segment = DENSE[1].segments[0]
     other = Trainer(replace(CONFIG, precision="fp32"), plain, None, Accelerator(cpu=True))
     tolerance = {"fp32": 1e-5, "bf16": 0.1}[precision]
@@ -157,7 +157,7 @@ def test_adapters_that_resume_go_on_as_if_they_had_not_stopped(tmp_path):
     resumed = Trainer(config, policy, None, Accelerator(cpu=True))
     resumed.load_optimizer(tmp_path)
     resumed.train_on(DENSE, 1)
-    expected, found = straight.weights(), resumed.weights()
+    expected, found = weights(straight), weights(resumed)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
