@@ -126,7 +126,8 @@ class _Rotation(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dq_NHD: Tensor, dk_NHD: Tensor) -> tuple[Tensor | None, ...]:
-        return *_rotate(dq_NHD.contiguous(), dk_NHD.contiguous(), *ctx.saved_tensors, None, 0.0, -1), None, None
+        cos_NR, sin_NR = ctx.saved_tensors
+        return *_rotate(dq_NHD.contiguous(), dk_NHD.contiguous(), cos_NR, sin_NR, None, 0.0, -1), None, None
 
 
 class _NormedRotation(torch.autograd.Function):

@@ -75,7 +75,8 @@ class _Swiglu(torch.autograd.Function):
     def backward(ctx: Any, dout_NW: Tensor) -> Tensor:
         (gate_up_N2W,) = ctx.saved_tensors
         d_N2W = torch.empty_like(gate_up_N2W)
-        _gradient(*gate_up_N2W.chunk(2, -1), dout_NW, *d_N2W.chunk(2, -1))
+        (gate_NW, up_NW), (dgate_NW, dup_NW) = gate_up_N2W.chunk(2, -1), d_N2W.chunk(2, -1)
+        _gradient(gate_NW, up_NW, dout_NW, dgate_NW, dup_NW)
         return d_N2W
 
 
