@@ -210,8 +210,8 @@ def _route_kernel(
     score = tl.sigmoid(tl.load(logit_ptr + n * E + e, mask=inside, other=0.0))
     choice = tl.where(inside, score + tl.load(bias_ptr + e, mask=inside, other=0.0), float("-inf"))
     if KEPT < GROUPS:
-        best = tl.argmax(choice, 1)
-        second = tl.max(tl.where(s[None, :] == best[:, None], float("-inf"), choice), 1)
+        first_of_group = tl.argmax(choice, 1)
+        second = tl.max(tl.where(s[None, :] == first_of_group[:, None], float("-inf"), choice), 1)
         group = tl.where(g < GROUPS, tl.max(choice, 1) + second, float("-inf"))
         kept = tl.zeros((BLOCK_G,), tl.int32)
         for _ in range(0, KEPT):
