@@ -113,8 +113,7 @@ class Watch:
 
 
 def environment() -> dict[str, str]:
-    paths = [str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "VLLM_USE_FLASHINFER_SAMPLER": "0"}
+    return {**os.environ, "VLLM_USE_FLASHINFER_SAMPLER": "0"}
 
 
 def trimtab(size: Size, batches: int, log: Path) -> Iterator[dict[str, float]]:

@@ -26,7 +26,7 @@ Result = TypeVar("Result")
 
 SPARSE_FROM_TIMES_TOPK = 5
 """Longer sequences use the sparse form. Measured on one H200, forward and backward, with 128 heads and 2048 selected
-keys: it is faster above 4.7 times as many tokens as keys (benchmarks/kernels.py crossover)."""
+keys: it is faster above 4.7 times as many tokens as keys (benchmarks/kernel_table.py crossover)."""
 QUERIES_AT_ONCE = 16384
 """More queries attend in parts: absorbed queries and outputs, 576 and 512 wide for each head, then never exist for all
 of them at once."""

@@ -263,10 +263,12 @@ class DsaAttention(nn.Module, AttentionLayerBase):
         """What _project does, in a launch for all that lies between two products."""
         from trimtab.kernels.decoder import latent_rows, rotate_queries
 
-        ix, cache = self.indexer, self.kv_cache.flatten(0, 1)
+        ix = self.indexer
         if slot_N is None:  # a dry run before there is a cache
             slot_N = torch.full((len(x),), -1, device=x.device)
             cache = x.new_empty(1, self.C + self.R + self.D)
+        else:
+            cache = self.kv_cache.flatten(0, 1)
         gains = self.q_a_layernorm.weight, self.kv_a_layernorm.weight, ix.k_norm.weight, ix.k_norm.bias
         compressed = latent_rows(F.linear(x, self._down), *gains, turn, slot_N, cache, ix.k_norm.eps)
         up = F.linear(compressed, self._up)
@@ -361,7 +363,7 @@ def _policy_config(hf_config: Any) -> DeepseekV32Config:
 
 
 class DsaForCausalLM(nn.Module):
-    """transformers' DeepseekV32ForCausalLM for vLLM, parameter for parameter.
+    """transformers' DeepseekV32ForCausalLM, and its GlmMoeDsaForCausalLM, for vLLM, parameter for parameter.
 
     Raises:
         ValueError: a config with attention biases, or with a RoPE that depends on the length.
@@ -416,6 +418,8 @@ class DsaForCausalLM(nn.Module):
         parameters = dict(self.named_parameters())
         seen = set()
         for name, weight in weights:
+            if ".indexer." in name and getattr(self.config, "indexer_rope_interleave", False):
+                weight = halves_of_pairs(name, weight, self.config.index_head_dim, self.config.qk_rope_head_dim)
             key, index = _stacked(name)
             if key not in parameters:
                 if key == "lm_head.weight" and self.config.tie_word_embeddings:
@@ -429,6 +433,16 @@ class DsaForCausalLM(nn.Module):
             target.copy_(weight)
             seen.add(key)
         return seen
+
+
+def halves_of_pairs(name: str, weight: Tensor, head_dim: int, rope_dim: int) -> Tensor:
+    """An indexer's weight whose RoPE pairs neighbouring channels, for one that pairs halves: as transformers turns
+    GLM's, the first channels of all pairs come before the second."""
+    if "weights_proj" in name:
+        return weight
+    heads = weight.unflatten(0, (-1, head_dim))
+    rope, rest = heads.split([rope_dim, head_dim - rope_dim], 1)
+    return torch.cat([rope[:, 0::2], rope[:, 1::2], rest], 1).flatten(0, 1)
 
 
 def _stacked(name: str) -> tuple[str, tuple[int, int | None] | None]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from trimtab.rollout.checkpoint import moe_layers, read_config, stop_ids
+from trimtab.rollout.engine.architectures import CPU_ENVIRONMENT, DSA, SUPPORTED, options
 from trimtab.rollout.engine.sequences import Running, SequenceRecord
 from trimtab.rollout.engine.weights import Array, Handle, Layout, Named, to_tensors
 from trimtab.rollout.types import Completion, Request
@@ -29,9 +30,6 @@ ENVIRONMENT = {
     "MALLOC_TRIM_THRESHOLD_": "1000000000",
 }
 """Must be set before the process starts (the allocator's part) or imports vllm (the rest)."""
-
-DSA = "DeepseekV32ForCausalLM"
-SUPPORTED = (DSA, "LlamaForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +60,8 @@ class EngineConfig:
         policy = read_config(self.model)
         architecture = policy.get("architectures", [None])[0]
         if architecture not in SUPPORTED:
-            raise ValueError(f"{self.model} holds {architecture}, which is not supported; use one of {SUPPORTED}")
+            names = ", ".join(SUPPORTED)
+            raise ValueError(f"{self.model} holds {architecture}, which is not supported; use one of {names}")
         longest = policy.get("max_position_embeddings", self.max_model_len)
         if self.max_model_len > longest:
             raise ValueError(
@@ -91,14 +90,14 @@ class Engine:
     def __init__(self, config: EngineConfig):
         check_device(config, on_gpu=torch.cuda.is_available())
         started = time.perf_counter()
-        os.environ.update(ENVIRONMENT)
+        os.environ.update(ENVIRONMENT if torch.cuda.is_available() else ENVIRONMENT | CPU_ENVIRONMENT)
         from vllm import LLM
 
         from trimtab.rollout.engine import plugin, receive
 
         plugin.register()
         policy = read_config(config.model)
-        if policy["architectures"][0] != DSA:
+        if policy["architectures"][0] not in DSA:
             plugin.resolve(policy["architectures"][0])
         imported = time.perf_counter()
         self.config, self.version, self.asleep = config, 0, False
@@ -122,7 +121,7 @@ class Engine:
             logprobs_mode="processed_logprobs",
             enable_return_routed_experts=bool(self._moe_layers),
             weight_transfer_config={"backend": receive.BACKEND},
-            **(_dsa_options(plugin.ARCHITECTURE) if policy["architectures"][0] == DSA else {}),
+            **options(policy["architectures"][0]),
             **_graph_options(config),
             **_device_options(config),
         )
@@ -336,12 +335,6 @@ def _graph_options(config: EngineConfig) -> dict[str, Any]:
             "cudagraph_capture_sizes": capture_sizes(config.max_num_seqs),
         }
     }
-
-
-def _dsa_options(architecture: str) -> dict[str, Any]:
-    """How vLLM runs our model. A model type of our own, since it bars those it knows as MLA from prefix caching on
-    a CPU; small blocks, since only whole ones are shared between requests."""
-    return {"hf_overrides": {"architectures": [architecture], "model_type": "trimtab_dsa"}, "block_size": 16}
 
 
 def _device_options(config: EngineConfig) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """Time and memory of the kernels on one GPU, beside other people's and beside what the machine could do at best.
 
-    python benchmarks/kernels.py                       everything, about three minutes
-    python benchmarks/kernels.py sparse --out DIR      one part: sparse, indexer, head, kl, layer or crossover
-    python benchmarks/kernels.py plot --out DIR        draw what an earlier run wrote, which may have been cut short
-    python benchmarks/kernels.py --tilelang FOLDER     in the end TileLang's examples/deepseek_v32, minutes to compile
+    python benchmarks/kernel_table.py  everything, about three minutes
+    python benchmarks/kernel_table.py sparse --out DIR  one part: sparse, indexer, head, kl, layer or crossover
+    python benchmarks/kernel_table.py plot --out DIR  draw what an earlier run wrote, which may have been cut short
+    python benchmarks/kernel_table.py --tilelang FOLDER  in the end TileLang's examples/deepseek_v32, minutes to compile
 
 Prints a table, writes DIR/kernels.json row by row and draws DIR/kernels.png. The floor is the larger of a kernel's
 arithmetic at the rate of a large matrix product and its traffic at the bandwidth of a large copy, both measured first.
