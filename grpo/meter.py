@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from trimtab.grpo.batch import Trajectory
 from trimtab.grpo import clock
+from trimtab.grpo.batch import Trajectory
 from trimtab.grpo.clock import Clock
 from trimtab.grpo.config import Config
 from trimtab.grpo.flops import Work, forward, mfu, training

@@ -23,7 +23,8 @@ class Shelf:
         """Move everything to pinned host memory."""
         if self.resting:
             return
-        storages = dict.fromkeys(local(tensor).untyped_storage() for tensor in self._tensors())
+        all_storages = dict.fromkeys(local(tensor).untyped_storage() for tensor in self._tensors())
+        storages = [storage for storage in all_storages if storage.resizable()]  # a file mapped on a CPU is not
         known, self._copies = self._copies, {}
         for storage in storages:
             fresh = storage not in known

@@ -1,8 +1,8 @@
 """Parameters over processes and in two precisions: fp32 masters that learn, copies that compute.
 
 torch's `fully_shard` does both, with one process as with many: each layer is gathered in the compute dtype before it
-runs and let go behind it, and its gradient is added up in fp32. What must not be rounded (FP32_UNITS) has units of
-its own. Gradients are summed over processes, never averaged: divisors are the caller's.
+runs and let go behind it, and its gradient is added up in fp32. What must not be rounded has units of its own.
+Gradients are summed over processes, never averaged: divisors are the caller's.
 """
 
 import os
@@ -17,12 +17,10 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from trimtab.grpo.policy.attention import HeadWeights
 from trimtab.grpo.policy.lora import is_adapted, merged
+from trimtab.grpo.policy.moe import Router
 from trimtab.grpo.policy.policy import Policy, PolicyLayer
-
-FP32_UNITS = ("mlp.gate", "indexer.weights_proj")
-"""Modules of a layer that compute in fp32 whatever the rest does: routers, and the indexer's weights of its heads."""
-
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -46,7 +44,7 @@ def shard(policy: Policy, *, dtype: torch.dtype, device: torch.device) -> Policy
     policy.to(device)
     if dtype == torch.float32 and _world_size() == 1:
         return policy
-    return fully_sharded(policy, mesh=_mesh(device), dtype=dtype)
+    return fully_sharded(policy, mesh=process_mesh(device), dtype=dtype)
 
 
 def fully_sharded(policy: Policy, *, mesh: DeviceMesh, dtype: torch.dtype) -> Policy:
@@ -64,8 +62,8 @@ def layers(policy: Policy) -> list[PolicyLayer]:
 
 
 def fp32_units(layer: PolicyLayer) -> list[nn.Module]:
-    """The modules of a layer whose weights are never rounded."""
-    return [module for name, module in layer.named_modules() if name.endswith(FP32_UNITS)]
+    """The modules of a layer that compute in fp32 whatever the rest does."""
+    return [module for module in layer.modules() if isinstance(module, (Router, HeadWeights))]
 
 
 def _unit(module: nn.Module, mesh: DeviceMesh, dtype: torch.dtype) -> None:
@@ -79,7 +77,8 @@ def _world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def _mesh(device: torch.device) -> DeviceMesh:
+def process_mesh(device: torch.device) -> DeviceMesh:
+    """All processes in a row, started as torchrun starts them, or this one alone."""
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         if _world_size() == 1:  # alone: no address to meet at
@@ -101,9 +100,9 @@ def round_frozen(policy: Policy, dtype: torch.dtype) -> Policy:
 def stream(policy: Policy) -> Iterator[tuple[str, Tensor]]:
     """The weights as the policy computes with them, under transformers' names: what an engine must have.
 
-    Parameters in their compute dtype and persistent buffers, the embedding first, then layer by layer, then the rest; a
-    tied head comes once, as the embedding. Every process must go through all of it. A tensor is whole, and is good until
-    the next one is asked for.
+    Parameters in their compute dtype and persistent buffers: the embedding, layer by layer, the rest. A tied head comes
+    once, as the embedding. Every process must go through all of it. A tensor is whole, and good until the next one is
+    asked for.
     """
     modules = dict(policy.model.named_modules())
     inner = {f"model.layers.{i}": layer for i, layer in enumerate(layers(policy))}
@@ -143,16 +142,16 @@ def _whole(modules: Iterable[nn.Module]) -> Iterator[None]:
 @torch.no_grad()
 def _tensors(modules: Mapping[str, nn.Module], seen: set[int]) -> Iterator[tuple[str, Tensor]]:
     """Parameters and persistent buffers of modules by name, none twice; an adapter is merged into what it adapts."""
-    adapted = {f"{name}." for name, module in modules.items() if is_adapted(module)}
+    adapted = tuple(f"{name}." for name, module in modules.items() if is_adapted(module))
     for name, module in modules.items():
-        if name.startswith(tuple(adapted)):
-            continue
-        own = merged(module) if f"{name}." in adapted else module._parameters
-        kept = {key: buffer for key, buffer in module._buffers.items() if key not in module._non_persistent_buffers_set}
-        for key, tensor in {**own, **kept}.items():
-            if tensor is not None and id(tensor) not in seen:
-                seen.add(id(tensor))
-                yield f"{name}.{key}".removeprefix("."), tensor.detach()
+        if is_adapted(module):
+            yield from ((f"{name}.{key}", tensor) for key, tensor in merged(module).items())
+        elif not name.startswith(adapted):
+            kept = {key: b for key, b in module._buffers.items() if key not in module._non_persistent_buffers_set}
+            for key, tensor in {**module._parameters, **kept}.items():
+                if tensor is not None and id(tensor) not in seen:
+                    seen.add(id(tensor))
+                    yield f"{name}.{key}".removeprefix("."), tensor.detach()
 
 
 def masters(policy: Policy) -> dict[str, Tensor]:
@@ -180,7 +179,8 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
 
     torch.nn.utils.clip_grad_norm_ in its arithmetic, without its pass through DTensor for each parameter.
     """
-    sharded, plain = [], []
+    sharded: list[Tensor] = []
+    plain: list[Tensor] = []
     for parameter in parameters:
         if parameter.grad is not None:
             (sharded if isinstance(parameter.grad, DTensor) else plain).append(local(parameter.grad))
@@ -214,6 +214,9 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]
 
 
 def _like(parameter: nn.Parameter, value: Any) -> Any:
-    if not isinstance(parameter, DTensor) or not isinstance(value, Tensor) or value.shape != parameter.shape:
+    if not isinstance(value, Tensor) or value.shape != parameter.shape:
         return value  # a count of steps
-    return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
+    value = value.to(parameter.device, copy=True)
+    if not isinstance(parameter, DTensor):
+        return value
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements)

@@ -20,6 +20,7 @@ arrive differ by much more, or by less than matters."""
 SUMS_AGREE = 1e-6
 """Relative difference of two sums over the same numbers in another order."""
 
+
 class Engines(Protocol):
     """What a check needs of the pool."""
 

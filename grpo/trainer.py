@@ -28,8 +28,8 @@ from trimtab.grpo.shard import (
     round_frozen,
     shard,
     stream,
-    without_gradient,
     whole,
+    without_gradient,
 )
 from trimtab.kernels import reference
 from trimtab.rollout.types import Segment
@@ -279,10 +279,6 @@ class Trainer:
         """The weights that engines must have (shard.stream)."""
         with self._awake():
             yield from stream(self.policy)
-
-    def weights(self) -> dict[str, Tensor]:
-        """What `stream` gives, on the CPU."""
-        return {name: weight.cpu() for name, weight in self.stream()}
 
     @contextmanager
     def _awake(self) -> Iterator[None]:

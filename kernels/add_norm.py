@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-PARTS = 256
+PARTS = 1024
 """Sums over tokens that the gradient of the weight is first made of."""
 
 

@@ -306,14 +306,14 @@ def normed_rotation(
     return rotate_halves(q_NHD, k_NHD, cos_NR, sin_NR)
 
 
-def swiglu(gate_up_N2I: Tensor) -> Tensor:
+def swiglu(gate_up_N2W: Tensor) -> Tensor:
     """silu(gate) * up, where a row holds gate and then up.
 
     Returns:
-        [N, I].
+        [N, W].
     """
-    gate_NI, up_NI = gate_up_N2I.chunk(2, -1)
-    return F.silu(gate_NI) * up_NI
+    gate_NW, up_NW = gate_up_N2W.chunk(2, -1)
+    return F.silu(gate_NW) * up_NW
 
 
 def add_rms_norm(x_ND: Tensor, y_ND: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:

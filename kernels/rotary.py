@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 BLOCK_N = 16
-PARTS = 128
+PARTS = 1024
 """Sums over tokens that the gradient of a norm's weight is first made of."""
 
 
@@ -93,7 +93,7 @@ def _rotate(
     eps: float,
     sign: int,
 ) -> tuple[Tensor, Tensor]:
-    (N, Q, D), K, R = q_NHD.shape, k_NHD.shape[1], cos_NR.shape[1]
+    (N, Q, _), K, R = q_NHD.shape, k_NHD.shape[1], cos_NR.shape[1]
     q_out, k_out = q_NHD.new_empty(q_NHD.shape), k_NHD.new_empty(k_NHD.shape)
     q_weight, k_weight = weights or (q_NHD, k_NHD)
     _rotate_kernel[triton.cdiv(N, BLOCK_N), Q + K](
@@ -126,7 +126,8 @@ class _Rotation(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dq_NHD: Tensor, dk_NHD: Tensor) -> tuple[Tensor | None, ...]:
-        return *_rotate(dq_NHD.contiguous(), dk_NHD.contiguous(), *ctx.saved_tensors, None, 0.0, -1), None, None
+        cos_NR, sin_NR = ctx.saved_tensors
+        return *_rotate(dq_NHD.contiguous(), dk_NHD.contiguous(), cos_NR, sin_NR, None, 0.0, -1), None, None
 
 
 class _NormedRotation(torch.autograd.Function):
@@ -150,7 +151,7 @@ class _NormedRotation(torch.autograd.Function):
 def _rows(x_NHD: Tensor) -> Tensor:
     """x with its heads side by side in each row; rows may lie apart."""
     _, H, D = x_NHD.shape
-    return x_NHD if x_NHD.stride()[1:] == (D, 1) or H == 1 and x_NHD.stride(2) == 1 else x_NHD.contiguous()
+    return x_NHD if x_NHD.stride()[1:] == (D, 1) or (H == 1 and x_NHD.stride(2) == 1) else x_NHD.contiguous()
 
 
 def rotate_halves(q_NHD: Tensor, k_NHD: Tensor, cos_NR: Tensor, sin_NR: Tensor) -> tuple[Tensor, Tensor]:
@@ -170,9 +171,9 @@ def rotate_halves(q_NHD: Tensor, k_NHD: Tensor, cos_NR: Tensor, sin_NR: Tensor) 
 def normed_rotation(
     q_NHD: Tensor, k_NHD: Tensor, cos_NR: Tensor, sin_NR: Tensor, q_weight_D: Tensor, k_weight_D: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """rotate_halves of RMSNorm(q) and RMSNorm(k), each head for itself, as Qwen3 has it. Differentiable in all but angles.
+    """rotate_halves of RMSNorm(q) and RMSNorm(k), each head for itself, as Qwen3 has it. The angles carry no gradient.
 
-    Saves its inputs; what is normed is computed again in the backward pass.
+    Differentiable; saves its inputs, and norms them again in the backward pass.
 
     Returns:
         Two tensors of the inputs' shapes and dtype.

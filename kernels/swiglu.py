@@ -1,6 +1,6 @@
 """The gated activation of SwiGLU in one pass over memory. Spec: reference.swiglu.
 
-Shape suffixes: N = rows, I = width.
+Shape suffixes: N = rows, W = width.
 """
 
 from typing import Any
@@ -15,94 +15,95 @@ BLOCK = 1024
 
 
 @triton.jit
-def _swiglu_kernel(gate_ptr, up_ptr, out_ptr, row, I, BLOCK: tl.constexpr):
+def _swiglu_kernel(gate_ptr, up_ptr, out_ptr, row, W, BLOCK: tl.constexpr):
     n, i = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    gate = tl.load(gate_ptr + n * row + i, mask=i < I, other=0.0)
-    up = tl.load(up_ptr + n * row + i, mask=i < I, other=0.0)
+    gate = tl.load(gate_ptr + n * row + i, mask=i < W, other=0.0)
+    up = tl.load(up_ptr + n * row + i, mask=i < W, other=0.0)
     g = gate.to(tl.float32)
     activated = (g / (1.0 + tl.exp(-g))).to(gate.dtype)  # rounded where torch and vLLM round
-    tl.store(out_ptr + n * I + i, activated * up, mask=i < I)
+    tl.store(out_ptr + n * W + i, activated * up, mask=i < W)
 
 
 @triton.jit
-def _swiglu_gradient_kernel(gate_ptr, up_ptr, dout_ptr, dgate_ptr, dup_ptr, row, drow, I, BLOCK: tl.constexpr):
+def _swiglu_gradient_kernel(gate_ptr, up_ptr, dout_ptr, dgate_ptr, dup_ptr, row, drow, W, BLOCK: tl.constexpr):
     n, i = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    gate = tl.load(gate_ptr + n * row + i, mask=i < I, other=0.0).to(tl.float32)
-    up = tl.load(up_ptr + n * row + i, mask=i < I, other=0.0).to(tl.float32)
-    dout = tl.load(dout_ptr + n * I + i, mask=i < I, other=0.0).to(tl.float32)
+    gate = tl.load(gate_ptr + n * row + i, mask=i < W, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + n * row + i, mask=i < W, other=0.0).to(tl.float32)
+    dout = tl.load(dout_ptr + n * W + i, mask=i < W, other=0.0).to(tl.float32)
     sigmoid = tl.sigmoid(gate)
     dgate = dout * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))
-    tl.store(dgate_ptr + n * drow + i, dgate.to(dgate_ptr.dtype.element_ty), mask=i < I)
-    tl.store(dup_ptr + n * drow + i, (dout * gate * sigmoid).to(dup_ptr.dtype.element_ty), mask=i < I)
+    tl.store(dgate_ptr + n * drow + i, dgate.to(dgate_ptr.dtype.element_ty), mask=i < W)
+    tl.store(dup_ptr + n * drow + i, (dout * gate * sigmoid).to(dup_ptr.dtype.element_ty), mask=i < W)
 
 
-def _forward(gate_NI: Tensor, up_NI: Tensor) -> Tensor:
-    (N, I), out_NI = gate_NI.shape, gate_NI.new_empty(gate_NI.shape)
-    _swiglu_kernel[N, triton.cdiv(I, BLOCK)](gate_NI, up_NI, out_NI, gate_NI.stride(0), I, BLOCK)
-    return out_NI
+def _forward(gate_NW: Tensor, up_NW: Tensor) -> Tensor:
+    (N, W), out_NW = gate_NW.shape, gate_NW.new_empty(gate_NW.shape)
+    _swiglu_kernel[N, triton.cdiv(W, BLOCK)](gate_NW, up_NW, out_NW, gate_NW.stride(0), W, BLOCK)
+    return out_NW
 
 
-def _gradient(gate_NI: Tensor, up_NI: Tensor, dout_NI: Tensor, dgate_NI: Tensor, dup_NI: Tensor) -> None:
-    (N, I), row, drow = gate_NI.shape, gate_NI.stride(0), dgate_NI.stride(0)
-    _swiglu_gradient_kernel[N, triton.cdiv(I, BLOCK)](
-        gate_NI, up_NI, dout_NI.contiguous(), dgate_NI, dup_NI, row, drow, I, BLOCK
+def _gradient(gate_NW: Tensor, up_NW: Tensor, dout_NW: Tensor, dgate_NW: Tensor, dup_NW: Tensor) -> None:
+    (N, W), row, drow = gate_NW.shape, gate_NW.stride(0), dgate_NW.stride(0)
+    _swiglu_gradient_kernel[N, triton.cdiv(W, BLOCK)](
+        gate_NW, up_NW, dout_NW.contiguous(), dgate_NW, dup_NW, row, drow, W, BLOCK
     )
 
 
 class _Gated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate_NI: Tensor, up_NI: Tensor) -> Tensor:
-        ctx.save_for_backward(gate_NI, up_NI)
-        return _forward(gate_NI, up_NI)
+    def forward(ctx: Any, gate_NW: Tensor, up_NW: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_NW, up_NW)
+        return _forward(gate_NW, up_NW)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dout_NI: Tensor) -> tuple[Tensor, Tensor]:
-        gate_NI, up_NI = ctx.saved_tensors
-        dgate_NI, dup_NI = torch.empty_like(gate_NI), torch.empty_like(up_NI)
-        _gradient(gate_NI, up_NI, dout_NI, dgate_NI, dup_NI)
-        return dgate_NI, dup_NI
+    def backward(ctx: Any, dout_NW: Tensor) -> tuple[Tensor, Tensor]:
+        gate_NW, up_NW = ctx.saved_tensors
+        dgate_NW, dup_NW = torch.empty_like(gate_NW), torch.empty_like(up_NW)
+        _gradient(gate_NW, up_NW, dout_NW, dgate_NW, dup_NW)
+        return dgate_NW, dup_NW
 
 
 class _Swiglu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate_up_N2I: Tensor) -> Tensor:
-        ctx.save_for_backward(gate_up_N2I)
-        return _forward(*gate_up_N2I.chunk(2, -1))
+    def forward(ctx: Any, gate_up_N2W: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up_N2W)
+        return _forward(*gate_up_N2W.chunk(2, -1))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dout_NI: Tensor) -> Tensor:
-        (gate_up_N2I,) = ctx.saved_tensors
-        d_N2I = torch.empty_like(gate_up_N2I)
-        _gradient(*gate_up_N2I.chunk(2, -1), dout_NI, *d_N2I.chunk(2, -1))
-        return d_N2I
+    def backward(ctx: Any, dout_NW: Tensor) -> Tensor:
+        (gate_up_N2W,) = ctx.saved_tensors
+        d_N2W = torch.empty_like(gate_up_N2W)
+        (gate_NW, up_NW), (dgate_NW, dup_NW) = gate_up_N2W.chunk(2, -1), d_N2W.chunk(2, -1)
+        _gradient(gate_NW, up_NW, dout_NW, dgate_NW, dup_NW)
+        return d_N2W
 
 
-def gated(gate_NI: Tensor, up_NI: Tensor) -> Tensor:
+def gated(gate_NW: Tensor, up_NW: Tensor) -> Tensor:
     """silu(gate) * up of two products. Differentiable; saves its inputs and nothing else.
 
     Returns:
-        [N, I] in the inputs' dtype.
+        [N, W] in the inputs' dtype.
     """
-    assert gate_NI.shape == up_NI.shape and gate_NI.dtype == up_NI.dtype and gate_NI.dim() == 2
-    if not gate_NI.numel():
-        return gate_NI * up_NI
-    return _Gated.apply(gate_NI.contiguous(), up_NI.contiguous())
+    assert gate_NW.shape == up_NW.shape and gate_NW.dtype == up_NW.dtype and gate_NW.dim() == 2
+    if not gate_NW.numel():
+        return gate_NW * up_NW
+    return _Gated.apply(gate_NW.contiguous(), up_NW.contiguous())
 
 
-def swiglu(gate_up_N2I: Tensor) -> Tensor:
+def swiglu(gate_up_N2W: Tensor) -> Tensor:
     """silu(gate) * up of one product that holds both, as stacked experts do.
 
-        out[n, i] = silu(x[n, i]) * x[n, I + i]
+        out[n, i] = silu(x[n, i]) * x[n, W + i]
 
     Differentiable; saves its input and nothing else.
 
     Returns:
-        [N, I] in x's dtype.
+        [N, W] in x's dtype.
     """
-    assert gate_up_N2I.dim() == 2 and gate_up_N2I.shape[1] % 2 == 0
-    if not gate_up_N2I.numel():
-        gate_NI, up_NI = gate_up_N2I.chunk(2, -1)
-        return gate_NI * up_NI
-    return _Swiglu.apply(gate_up_N2I.contiguous())
+    assert gate_up_N2W.dim() == 2 and gate_up_N2W.shape[1] % 2 == 0
+    if not gate_up_N2W.numel():
+        gate_NW, up_NW = gate_up_N2W.chunk(2, -1)
+        return gate_NW * up_NW
+    return _Swiglu.apply(gate_up_N2W.contiguous())

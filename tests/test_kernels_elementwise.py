@@ -78,12 +78,12 @@ def test_queries_and_keys_may_be_parts_of_one_product():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("N", "I"), [(1, 1), (63, 100), (5, 2000)])
-def test_swiglu_of_one_product_and_of_two_equals_its_specification(N, I, dtype):
-    (gate_up_N2I,) = leaves(dtype, (N, 2 * I))
-    check(swiglu.swiglu, reference.swiglu, [gate_up_N2I])
-    gate_NI, up_NI = leaves(dtype, (N, I), (N, I))
-    check(swiglu.gated, lambda gate, up: reference.swiglu(torch.cat([gate, up], -1)), [gate_NI, up_NI])
+@pytest.mark.parametrize(("N", "W"), [(1, 1), (63, 100), (5, 2000)])
+def test_swiglu_of_one_product_and_of_two_equals_its_specification(N, W, dtype):
+    (gate_up_N2W,) = leaves(dtype, (N, 2 * W))
+    check(swiglu.swiglu, reference.swiglu, [gate_up_N2W])
+    gate_NW, up_NW = leaves(dtype, (N, W), (N, W))
+    check(swiglu.gated, lambda gate, up: reference.swiglu(torch.cat([gate, up], -1)), [gate_NW, up_NW])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -108,8 +108,8 @@ def test_rotation_and_activation_round_where_torch_does():
     cos_NR, sin_NR = angles(300, 64, torch.bfloat16)
     ours, theirs = (f.rotate_halves(q_NHD, k_NHD, cos_NR, sin_NR) for f in (rotary, reference))
     assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])
-    (gate_up_N2I,) = leaves(torch.bfloat16, (300, 4096))
-    same = swiglu.swiglu(gate_up_N2I) == reference.swiglu(gate_up_N2I)
+    (gate_up_N2W,) = leaves(torch.bfloat16, (300, 4096))
+    same = swiglu.swiglu(gate_up_N2W) == reference.swiglu(gate_up_N2W)
     assert same.float().mean() > 0.999  # the exponentials differ in their last bit
 
 

@@ -21,6 +21,7 @@ DOORS = {  # the only places through which a heavy dependency enters; a folder e
     "vllm": {"rollout/engine/"},
     "transformers": {"rollout/formats/", "rollout/scripted.py", "rollout/engine/dsa_model.py"}
     | {"grpo/policy/", "grpo/stages/"},
+    "peft": {"grpo/policy/lora.py"},
     "triton": {"kernels/"},
     "torch": {"kernels/", "grpo/", "rollout/engine/"},
 }

@@ -1,18 +1,21 @@
 """The trainer on recorded trajectories, without engines: what it must not depend on."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from tiny import tiny_deepseek
 
 from trimtab.grpo.batch import Trajectory
+from trimtab.grpo.clock import Clock
 from trimtab.grpo.config import Config, Domain, LossSettings
-from trimtab.grpo.policy.policy import Policy
+from trimtab.grpo.policy.policy import Policy, load_policy
 from trimtab.grpo.recipes import quickstart
 from trimtab.grpo.trainer import Trainer, schedule
 from trimtab.rollout.types import Segment
@@ -47,16 +50,34 @@ def trajectory(i: int) -> Trajectory:
     )
 
 
+BATCH = [trajectory(i) for i in range(12)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def processes_of_this_file() -> Iterator[None]:
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def start(config: Config) -> Trainer:
+    reference = Policy(tiny_deepseek(1, initializer_range=0.1))
+    policy = Policy(tiny_deepseek(0, initializer_range=0.1), checkpointing=config.checkpoint_activations)
+    return Trainer(config, policy, reference, Accelerator(cpu=True), Clock())
+
+
+def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {name: weight.to("cpu", copy=True) for name, weight in trainer.stream()}
+
+
 def updated(config: Config) -> dict[str, torch.Tensor]:
     """The weights after one step of training on the same twelve trajectories."""
-    reference = Policy(tiny_deepseek(1, initializer_range=0.1)).requires_grad_(False)
-    policy = Policy(tiny_deepseek(0, initializer_range=0.1), checkpointing=config.checkpoint_activations)
-    trainer = Trainer(config, policy, reference, Accelerator(cpu=True))
+    trainer = start(config)
     # SGD, because Adam's first step divides by the gradient's size and so hides or inflates its differences
-    trainer.optimizer = torch.optim.SGD(policy.parameters(), lr=1e-3)
-    metrics = trainer.train_on([trajectory(i) for i in range(12)], step=5)
+    trainer.optimizer = torch.optim.SGD(trainer.learning, lr=1e-3)
+    metrics = trainer.train_on(BATCH, step=5)
     assert metrics["kl"] > 0 and metrics["indexer_kl"] > 0 and math.isfinite(metrics["grad_norm"])
-    return trainer.weights()
+    return weights(trainer)
 
 
 @pytest.mark.parametrize("changes", [{"tokens_per_microbatch": 40}, {"checkpoint_activations": True}])
@@ -88,3 +109,65 @@ def test_a_batch_without_signal_is_refused():
     policy = Policy(tiny_deepseek())
     with pytest.raises(ValueError, match="nothing to learn from"):
         Trainer(CONFIG, policy, None, Accelerator(cpu=True)).train_on([], step=0)
+
+
+def test_resting_in_host_memory_changes_no_bit_of_training():
+    whole, other = updated(CONFIG), start(replace(CONFIG, offload="all"))
+    other.optimizer = torch.optim.SGD(other.learning, lr=1e-3)
+    other.rest()
+    assert all(weight.untyped_storage().nbytes() == 0 for weight in other.policy.parameters())
+    assert all(weight.untyped_storage().nbytes() == 0 for weight in other.reference.parameters())
+    assert weights(other).keys() == whole.keys()
+    other.resume()
+    other.train_on(BATCH, step=5)
+    other.rest()
+    found = weights(other)
+    assert all(torch.equal(found[name], whole[name]) for name in whole)
+    assert all(weight.untyped_storage().nbytes() == 0 for weight in other.policy.parameters())
+
+
+@pytest.mark.parametrize("offload", ["none", "optimizer", "all"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_run_that_resumes_goes_on_as_if_it_had_not_stopped(precision, offload, tmp_path):
+    """Two updates in a row, and two with a checkpoint of everything between them."""
+    config = replace(CONFIG, precision=precision, offload=offload)
+    straight, stopped = start(config), start(config)
+    for step in (0, 1):
+        straight.train_on(BATCH, step)
+    stopped.train_on(BATCH, 0)
+    stopped.rest()
+    stopped.save(tmp_path)
+    reference = Policy(tiny_deepseek(1, initializer_range=0.1))
+    resumed = Trainer(config, load_policy(tmp_path), reference, Accelerator(cpu=True))
+    resumed.load_optimizer(tmp_path)
+    resumed.train_on(BATCH, 1)
+    expected, found = weights(straight), weights(resumed)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert {parameter.dtype for parameter in resumed.learning} == {torch.float32}
+
+
+def test_bf16_updates_are_near_those_in_fp32_and_the_same_twice():
+    exact, once, twice = (updated(replace(CONFIG, precision=p)) for p in ("fp32", "bf16", "bf16"))
+    assert all(torch.equal(once[name], twice[name]) for name in once)
+    assert {weight.dtype for name, weight in once.items() if "bias" not in name} == {torch.bfloat16, torch.float32}
+    near = [(once[name].float() - exact[name]).norm() < 0.01 * exact[name].norm() for name in exact]
+    assert all(near)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_score_is_what_the_first_update_compares_with_the_sampler(precision):
+    config = replace(CONFIG, precision=precision, minibatches=1)
+    trainer = start(config)
+    scores = [trainer.score(segment) for t in BATCH for segment in t.segments]
+    olds = [torch.from_numpy(segment.logp) for t in BATCH for segment in t.segments]
+    log_ratio_S = torch.cat(scores) - torch.cat(olds)
+    metrics = trainer.train_on(BATCH, step=0)
+    tolerance = {"fp32": 1e-4, "bf16": 5e-2}[precision]
+    assert metrics["mismatch_kl"] == pytest.approx(float((log_ratio_S.expm1() - log_ratio_S).mean()), rel=tolerance)
+    assert metrics["mismatch_log_ratio_max"] == pytest.approx(float(log_ratio_S.abs().max()), rel=tolerance)
+
+
+def test_an_update_is_timed_by_phase():
+    trainer = start(CONFIG)
+    trainer.train_on(BATCH, step=0)
+    assert trainer.clock.seconds().keys() == {"packing", "reference", "forward and backward", "optimiser"}

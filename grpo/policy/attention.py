@@ -30,6 +30,17 @@ def rms_norm(norm: nn.Module, x: Tensor) -> Tensor:
     return F.rms_norm(x, weight.shape, weight, eps)
 
 
+def add_norm(norm: nn.Module, x_ND: Tensor, y_ND: Tensor) -> tuple[Tensor, Tensor]:
+    """x + y, and its RMSNorm; on a GPU in one launch."""
+    weight: Any = norm.weight
+    eps: Any = norm.variance_epsilon
+    if x_ND.is_cuda:
+        from trimtab.kernels.add_norm import add_rms_norm
+
+        return add_rms_norm(x_ND, y_ND, weight, eps)
+    return reference.add_rms_norm(x_ND, y_ND, weight, eps)
+
+
 Rotate = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(x, cos, sin) -> x turned, in x's dtype. cos and sin hold R/2 angles and broadcast over x's leading dimensions."""
 
@@ -213,13 +224,26 @@ def full_attention(attention: nn.Module, x_ND: Tensor, rotary: tuple[Tensor, Ten
     """
     a: Any = attention
     q_NHD, k_NHD, v_NHD = (p(x_ND).unflatten(-1, (-1, a.head_dim)) for p in (a.q_proj, a.k_proj, a.v_proj))
-    if hasattr(a, "q_norm"):
-        q_NHD, k_NHD = rms_norm(a.q_norm, q_NHD), rms_norm(a.k_norm, k_NHD)
-    cos, sin = (angle[:, None] for angle in rotary)
-    q_NHD, k_NHD = rotate_halves(q_NHD, cos, sin), rotate_halves(k_NHD, cos, sin)
+    q_NHD, k_NHD = _positioned(a, q_NHD, k_NHD, rotary)
     sizes = [part.tokens for part in parts]
     outs = [
         part.causal_mha(q, k, v, a.scaling).flatten(-2)
         for part, q, k, v in zip(parts, *(x.split(sizes) for x in (q_NHD, k_NHD, v_NHD)), strict=True)
     ]
-    return a.o_proj(torch.cat(outs))
+    return a.o_proj(outs[0] if len(outs) == 1 else torch.cat(outs))
+
+
+def _positioned(a: Any, q_NHD: Tensor, k_NHD: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Queries and keys, normed where the model has norms for them, and turned; on a GPU all of it in one launch."""
+    normed = hasattr(a, "q_norm")
+    if q_NHD.is_cuda:
+        from trimtab.kernels import rotary as kernels
+
+        if normed:
+            weights = a.q_norm.weight, a.k_norm.weight
+            return kernels.normed_rotation(q_NHD, k_NHD, *rotary, *weights, a.q_norm.variance_epsilon)
+        return kernels.rotate_halves(q_NHD, k_NHD, *rotary)
+    if normed:
+        q_NHD, k_NHD = rms_norm(a.q_norm, q_NHD), rms_norm(a.k_norm, k_NHD)
+    cos, sin = (angle[:, None] for angle in rotary)
+    return rotate_halves(q_NHD, cos, sin), rotate_halves(k_NHD, cos, sin)

@@ -22,7 +22,9 @@ UNFIT = {
     "wq_b": "the indexer stays as it is",
     "wk": "the indexer stays as it is",
 }
-"""Linear layers that take no adapter. Stacked experts take none either: they are no linear layers."""
+"""Linear layers that take no adapter."""
+ROUTED = dict.fromkeys(("gate_proj", "up_proj", "down_proj"), "in a policy with experts, peft means the experts by it")
+"""... of a policy with experts, which are one tensor for all and take none: its attention alone is adapted."""
 
 
 def adapt(policy: Policy, *, rank: int, alpha: float, targets: Sequence[str], seed: int = 0) -> Policy:
@@ -41,7 +43,8 @@ def adapt(policy: Policy, *, rank: int, alpha: float, targets: Sequence[str], se
     if rank < 1:
         raise ValueError(f"lora.rank must be at least 1, got {rank}")
     chosen = resolve(policy, targets)
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=chosen, exclude_modules=["lm_head"])
+    scale: Any = alpha  # peft says int and takes any number
+    config = LoraConfig(r=rank, lora_alpha=scale, target_modules=chosen)
     policy.requires_grad_(False)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -53,11 +56,12 @@ def resolve(policy: Policy, targets: Sequence[str]) -> list[str]:
     """The last parts of the names of the modules to adapt. Raises what adapt does."""
     layers: nn.Module = policy.model.model.layers
     names = {name.rpartition(".")[2] for name, module in layers.named_modules() if isinstance(module, nn.Linear)}
-    fit = sorted(names - UNFIT.keys())
+    unfit = UNFIT | (ROUTED if policy.moe_layers else {})
+    fit = sorted(names - unfit.keys())
     chosen = [name for target in targets for name in (fit if target == ALL else [target])]
     for name in chosen:
-        if name in UNFIT and name in names:
-            raise ValueError(f"lora.targets names {name}, which takes no adapter ({UNFIT[name]}); take from {fit}")
+        if name in unfit and name in names:
+            raise ValueError(f"lora.targets names {name}, which takes no adapter ({unfit[name]}); take from {fit}")
         if name not in fit:
             raise ValueError(f"lora.targets names {name!r}, and no linear layer is called that; take from {fit}")
     if not chosen:

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trimtab.kernels import reference
+
 
 def top_experts(score_NE: Tensor, k: int) -> Tensor:
     """Ids of the k best experts of each token: the choice of Qwen3-MoE.
@@ -82,10 +84,28 @@ def mix_experts(x_ND: Tensor, ids_NK: Tensor, weight_NK: Tensor, gate_up_E2ID: T
     end_E = torch.searchsorted(sorted_R, expert_E, right=True).int()  # bincount would wait for the GPU
     x_RD: Tensor = _Dispatch.apply(x_ND, order_R, place_R)
     weight_R: Tensor = _Dispatch.apply(weight_NK.flatten().to(x_ND.dtype), order_R, place_R)
-    gate_RI, up_RI = F.grouped_mm(x_RD, gate_up_E2ID.transpose(1, 2), offs=end_E).chunk(2, -1)
-    out_RD = F.grouped_mm(F.silu(gate_RI) * up_RI * weight_R[:, None], down_EDI.transpose(1, 2), offs=end_E)
+    gate_up_R2I = F.grouped_mm(x_RD, gate_up_E2ID.transpose(1, 2), offs=end_E)
+    out_RD = F.grouped_mm(_swiglu(gate_up_R2I) * weight_R[:, None], down_EDI.transpose(1, 2), offs=end_E)
     back_RD: Tensor = _Dispatch.apply(out_RD, place_R, order_R)
     return back_RD.unflatten(0, ids_NK.shape).sum(1)
+
+
+def _swiglu(gate_up_R2I: Tensor) -> Tensor:
+    if gate_up_R2I.is_cuda:
+        from trimtab.kernels.swiglu import swiglu
+
+        return swiglu(gate_up_R2I)
+    return reference.swiglu(gate_up_R2I)
+
+
+def gated_mlp(mlp: nn.Module, x_ND: Tensor) -> Tensor:
+    """transformers' SwiGLU block; on a GPU its activation is one launch that keeps nothing but its inputs."""
+    m: Any = mlp
+    if not x_ND.is_cuda:
+        return m(x_ND)
+    from trimtab.kernels.swiglu import gated
+
+    return m.down_proj(gated(m.gate_proj(x_ND), m.up_proj(x_ND)))
 
 
 class _Dispatch(torch.autograd.Function):
@@ -173,4 +193,4 @@ def routed_mlp(mlp: nn.Module, x_ND: Tensor, routes_NK: Tensor | None) -> tuple[
     m: Any = mlp
     ids_NK, weight_NK = m.gate(x_ND, routes_NK)
     mixed_ND = mix_experts(x_ND, ids_NK, weight_NK, m.experts.gate_up_proj, m.experts.down_proj)
-    return mixed_ND + m.shared_experts(x_ND) if hasattr(m, "shared_experts") else mixed_ND, ids_NK
+    return mixed_ND + gated_mlp(m.shared_experts, x_ND) if hasattr(m, "shared_experts") else mixed_ND, ids_NK

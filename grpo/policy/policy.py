@@ -18,6 +18,7 @@ from transformers.utils import logging
 from trimtab.grpo.policy.attention import (
     Attend,
     HeadWeights,
+    add_norm,
     choose_attend,
     full_attention,
     latent_attention,
@@ -27,7 +28,7 @@ from trimtab.grpo.policy.attention import (
 )
 from trimtab.grpo.policy.checkpoint import check_checkpoint
 from trimtab.grpo.policy.families import Architecture, architecture, check_config
-from trimtab.grpo.policy.moe import routed_mlp
+from trimtab.grpo.policy.moe import gated_mlp, routed_mlp
 from trimtab.grpo.policy.parts import Pack, Part, blocks_of, lengths_of, to_device
 
 
@@ -96,10 +97,9 @@ class PolicyLayer(nn.Module):
             )
         else:
             attended_ND = full_attention(self.self_attn, normed_ND, rotary, parts)
-        x_ND = x_ND + attended_ND
-        normed_ND = rms_norm(self.post_attention_layernorm, x_ND)
+        x_ND, normed_ND = add_norm(self.post_attention_layernorm, x_ND, attended_ND)
         if not self.routed:
-            return x_ND + self.mlp(normed_ND), None, kl_N
+            return x_ND + gated_mlp(self.mlp, normed_ND), None, kl_N
         mixed_ND, routes_NK = routed_mlp(self.mlp, normed_ND, routes_NK)
         return x_ND + mixed_ND, routes_NK, kl_N
 
@@ -226,7 +226,7 @@ class Policy(nn.Module):
             return angle.real.flatten(0, -2).contiguous(), angle.imag.flatten(0, -2).contiguous()
         cos, sin = (part.flatten(0, -2) for part in angle)
         half = cos.shape[-1] // 2
-        return cos[:, :half], sin[:, :half]
+        return cos[:, :half].contiguous(), sin[:, :half].contiguous()
 
     def save(self, path: Path | str, weights: dict[str, Tensor] | None = None) -> None:
         """Write a checkpoint that transformers and vLLM load, of these weights or of its own."""

@@ -369,6 +369,8 @@ class DsaForCausalLM(nn.Module):
         ValueError: a config with attention biases, or with a RoPE that depends on the length.
     """
 
+    _turn: Tensor
+
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__()
         self.config = c = _policy_config(vllm_config.model_config.hf_config)
