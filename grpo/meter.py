@@ -10,7 +10,7 @@ from trimtab.grpo import clock
 from trimtab.grpo.batch import Trajectory
 from trimtab.grpo.clock import Clock
 from trimtab.grpo.config import Config
-from trimtab.grpo.flops import Work, forward, mfu, training
+from trimtab.grpo.flops import Work, mfu, training
 from trimtab.grpo.shape import shape_of
 from trimtab.rollout.checkpoint import read_config
 
@@ -44,20 +44,19 @@ class Meter:
         if batch and update:
             found["tokens_per_s/train"] = sum(trajectory.num_tokens for trajectory in batch) / update
         if torch.cuda.is_available():
-            found |= _memory() | self._mfu(batch, update)
+            found |= _memory() | self._mfu(batch, seconds.get("forward and backward", 0.0))
         return found
 
     def _mfu(self, batch: Sequence[Trajectory], seconds: float) -> dict[str, float]:
-        """Model FLOPs of an update, its reference included, as a share of the peak; nothing for an unknown GPU."""
+        """Model FLOPs of forward and backward passes as a share of the peak; nothing for an unknown GPU."""
         segments = [segment for trajectory in batch for segment in trajectory.segments]
         work = Work(
             lengths=[len(segment.token_ids) for segment in segments],
             sampled=sum(len(segment.logp) for segment in segments),
             kept=sum(len(segment.kept_ids) for segment in segments) if self._config.keep_sampling_mask else None,
         )
-        flops = training(
-            self._shape, work, full=not self._config.lora.rank, learn_indexer=self._config.indexer_kl > 0
-        ) + self._config.needs_reference * forward(self._shape, work)
+        full, learns = not self._config.lora.rank, self._config.indexer_kl > 0
+        flops = training(self._shape, work, full=full, learn_indexer=learns)
         share = mfu(flops, seconds, torch.cuda.get_device_name())
         return {} if share is None else {"mfu": share}
 
@@ -66,4 +65,5 @@ def _memory() -> dict[str, float]:
     """Peak of the trainer; what other processes, engines above all, hold now."""
     free, total = torch.cuda.mem_get_info()
     trainer, reserved = torch.cuda.max_memory_reserved(), torch.cuda.memory_reserved()
-    return {"memory/trainer_gib": trainer / GIB, "memory/engine_gib": max(total - free - reserved, 0) / GIB}
+    engine = max(total - free - reserved, 0)
+    return {"memory/trainer_gib": trainer / GIB, "memory/engine_gib": engine / GIB, "memory/gpu_gib": total / GIB}

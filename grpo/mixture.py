@@ -4,15 +4,17 @@ import hashlib
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from trimtab.environments.base import Env, Task
-from trimtab.grpo.config import Config, Domain, resolved
+from trimtab.grpo.config import Config, Domain, load, resolved
 from trimtab.rewards.length import by_group, kimi_length_rewards, overlong_penalty, relative_penalties
 from trimtab.rewards.types import Answer, GroupReward
 from trimtab.rollout import play
 from trimtab.rollout.context import Format
+from trimtab.rollout.formats.chat import Chat
+from trimtab.rollout.formats.template import TemplateChat, load_format
 from trimtab.rollout.types import Group
 
 HELD_OUT_ATTEMPTS = 20
@@ -49,6 +51,21 @@ def load_tasks(config: Config, **services: Any) -> dict[str, Task]:
     for domain in config.domains.values():
         rules(config, domain)
     return {name: domain.load_task(**services) for name, domain in config.domains.items()}
+
+
+def chat_of(config: Config, model: str) -> Chat | TemplateChat:
+    """The chat format of a checkpoint folder of this run; the recipe's syntax is the policy's.
+
+    Raises:
+        ValueError: it has none, or one that cannot be played.
+    """
+    return _chat(model, config.syntax if model == config.model else "")
+
+
+@cache
+def _chat(model: str, syntax: str) -> Chat | TemplateChat:
+    """Reading a tokenizer takes seconds."""
+    return load_format(model, load(syntax) if ":" in syntax else syntax)
 
 
 def draw_step(config: Config, tasks: Mapping[str, Task], step: int) -> list[Draw]:

@@ -4,17 +4,15 @@ import asyncio
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
 from trimtab.grpo import services, sync
 from trimtab.grpo.clock import Clock
 from trimtab.grpo.config import Config, resolved
-from trimtab.grpo.mixture import Draw, PlayedBatch, load_tasks, play_draws
+from trimtab.grpo.mixture import Draw, PlayedBatch, chat_of, load_tasks, play_draws
 from trimtab.grpo.trainer import Trainer
 from trimtab.rollout.engine.engine import EngineConfig
 from trimtab.rollout.engine.pool import Pool, gpu_share
 from trimtab.rollout.engine.weights import checksums
-from trimtab.rollout.formats.template import load_format
 from trimtab.rollout.types import Request
 
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
@@ -32,7 +30,7 @@ class Players:
         clock: Clock,
     ):
         self._config, self.pool, self.judge, self._runner, self._clock = config, pool, judge, runner, clock
-        self._chat = load_format(config.model, config.syntax)
+        self._chat = chat_of(config, config.model)
         self._probe: Request | None = None
         self.tasks = load_tasks(config, **(judge.services if judge else {}))
 
@@ -51,19 +49,24 @@ class Players:
             judge = None
             if engine_judges:
                 settings = engine_config(config, config.judge.checkpoint or config.model, sleep=False)
-                judge = stack.enter_context(services.engine(config, settings, share))
+                chat = chat_of(config, settings.model)
+                judge = stack.enter_context(services.engine(config, settings, chat, share))
             elif judges:
                 judge = stack.enter_context(services.endpoint(config, folder))
             yield cls(config, pool, judge, runner, clock)
 
-    def wait_until_ready(self) -> None:
-        """Return when the engines can serve; those that sleep while the policy trains do so until the first update.
+    def wait_until_ready(self) -> str:
+        """Return when the engines can serve, with what their start took; those that sleep while the policy trains do
+        so until the first update.
 
         Raises:
             EngineError: one did not start.
         """
         self.pool.wait_until_ready()
         self.pool.sleep()
+        slowest = max(self.pool.start_seconds, key=lambda parts: sum(parts.values()))
+        parts = ", ".join(f"{part} {seconds:.1f}" for part, seconds in slowest.items())
+        return f"engines: ready in {sum(slowest.values()):.1f} s ({parts})"
 
     def play(self, draws: list[Draw], group_size: int) -> PlayedBatch:
         """Play all draws; the prompt of one of them becomes the probe of later updates."""
@@ -108,7 +111,6 @@ class Players:
 def engine_config(config: Config, model: str, *, sleep: bool | None = None) -> EngineConfig:
     """What an engine for this model is started with in this run."""
     rollout = config.rollout
-    chat: Any = load_format(model, config.syntax if model == config.model else "")
     return EngineConfig(
         model=model,
         dtype=DTYPES[config.precision or "fp32"],
@@ -117,6 +119,6 @@ def engine_config(config: Config, model: str, *, sleep: bool | None = None) -> E
         max_num_seqs=rollout.max_num_seqs,
         graphs=bool(rollout.graphs),
         sleep=bool(rollout.sleep) if sleep is None else sleep,
-        stop_ids=tuple(chat.stop_ids),
+        stop_ids=tuple(chat_of(config, model).stop_ids),
         seed=config.seed,
     )

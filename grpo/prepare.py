@@ -13,7 +13,7 @@ from trimtab.environments.base import Task, VoidEpisode
 from trimtab.grpo import services
 from trimtab.grpo.config import Config, resolved
 from trimtab.grpo.ledger import Plan, choose
-from trimtab.grpo.mixture import load_tasks, stable_seed
+from trimtab.grpo.mixture import chat_of, load_tasks, stable_seed
 from trimtab.grpo.models import locate
 from trimtab.grpo.policy.policy import check_checkpoint
 from trimtab.grpo.resolve import resolve
@@ -21,7 +21,6 @@ from trimtab.grpo.shape import shape_of
 from trimtab.grpo.stages.cold_start import quickstart_policy
 from trimtab.rollout.checkpoint import read_config
 from trimtab.rollout.context import Context, Format
-from trimtab.rollout.formats.template import load_format
 
 
 def complete(config: Config) -> tuple[Config, Plan]:
@@ -37,9 +36,9 @@ def complete(config: Config) -> tuple[Config, Plan]:
     config = resolve(config, _model(config), gpu=torch.cuda.is_available())
     tasks = load_tasks(config, **dict.fromkeys(services.SERVICES))
     if config.model:
-        asyncio.run(check_openings(config, tasks, load_format(config.model, config.syntax)))
+        asyncio.run(check_openings(config, tasks, chat_of(config, config.model)))
     if judge.checkpoint:
-        load_format(judge.checkpoint)
+        chat_of(config, judge.checkpoint)
     services.check(config)
     plan = plan_memory(config)
     rollout = replace(config.rollout, sleep=plan.sleep, kv_cache_mib=plan.kv_cache_mib)
@@ -54,7 +53,7 @@ def plan_memory(config: Config) -> Plan:
     """
     judges = services.is_needed(config) and not config.judge.model
     judge = shape_of(read_config(config.judge.checkpoint) if config.judge.checkpoint else _model(config))
-    gpu_bytes = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
+    gpu_bytes = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else None
     return choose(config, shape_of(_model(config)), gpu_bytes, judge=judge if judges else None)
 
 

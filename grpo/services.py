@@ -14,7 +14,8 @@ from trimtab.rewards.judging.model import JudgeModel, VerdictCache, yes_no
 from trimtab.rewards.judging.verdicts import grade
 from trimtab.rollout.engine.engine import EngineConfig
 from trimtab.rollout.engine.pool import Pool
-from trimtab.rollout.formats.template import load_format
+from trimtab.rollout.formats.chat import Chat
+from trimtab.rollout.formats.template import TemplateChat
 from trimtab.rollout.judge import VERDICT_TOKENS, EngineModel
 
 SERVICES = frozenset({"judge", "grade"})
@@ -82,12 +83,11 @@ def _endpoint(judge: Judge) -> Endpoint:
 
 
 @contextmanager
-def engine(config: Config, settings: EngineConfig, gpu_share: float) -> Iterator[Judging]:
+def engine(config: Config, settings: EngineConfig, chat: Chat | TemplateChat, gpu_share: float) -> Iterator[Judging]:
     """A frozen checkpoint in an engine of its own. Yes or no is asked for once: asked again, it says the same."""
     pool = Pool(settings, 1, gpu_share)
     try:
         pool.wait_until_ready()
-        chat = load_format(settings.model)
         short, long = (
             EngineModel(pool.generate, chat, identity=settings.model, max_tokens=tokens)
             for tokens in (VERDICT_TOKENS, min(config.judge.max_tokens, settings.max_model_len // 2))

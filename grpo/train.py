@@ -21,7 +21,7 @@ from trimtab.grpo.config import Config
 from trimtab.grpo.display import LiveTable, held_out_table
 from trimtab.grpo.ledger import Plan
 from trimtab.grpo.meter import Meter
-from trimtab.grpo.mixture import PlayedBatch, draw_held_out, draw_step, part_means, scores
+from trimtab.grpo.mixture import PlayedBatch, draw_held_out, draw_step, part_means, prompt_scores, scores
 from trimtab.grpo.players import Players
 from trimtab.grpo.policy.lora import adapt
 from trimtab.grpo.policy.policy import Policy, load_policy
@@ -71,7 +71,7 @@ class Run:
         console = Console()
         config = self.config
         if torch.cuda.is_available():
-            console.print(self.plan.ledger.table(self.plan, torch.cuda.get_device_properties(0).total_memory))
+            console.print(self.plan.ledger.table(self.plan, torch.cuda.mem_get_info()[0]))
         if not config.model:
             config = replace(config, model=str(cold_start(config, console)))
         clock = Clock(torch.cuda.synchronize if torch.cuda.is_available() else None)
@@ -81,7 +81,7 @@ class Run:
             players = stack.enter_context(Players.start(config, folder.path, clock))
             start = folder.latest_checkpoint() if self.resume else Path(config.model)
             policies = load_policies(config, start)  # on the CPU, while the engines start
-            players.wait_until_ready()
+            console.print(players.wait_until_ready())
             trainer, first = load_trainer(config, folder, *policies, clock, resume=self.resume)
             players.update(trainer, first)
             if first == 0:
@@ -133,7 +133,12 @@ def held_out(players: Players, config: Config) -> dict[str, Any]:
     for name in config.domains:
         if not any(group.domain == name for group in played.groups):
             raise NothingPlayed(played)
-    return {"score": scores(played.groups, config), "parts": part_means(played.groups)}
+    return {
+        "score": scores(played.groups, config),
+        "parts": part_means(played.groups),
+        "prompts": prompt_scores(played.groups, config),
+        "samples": HELD_OUT_SAMPLES,
+    }
 
 
 def load_policies(config: Config, start: Path) -> tuple[Policy, Policy | None]:
@@ -205,6 +210,7 @@ def rollout_metrics(played: PlayedBatch, config: Config) -> dict[str, Any]:
         "kept_p99": float(np.quantile(kept, 0.99)),
         "kept_singletons": float((kept == 1).mean()),
         "sampled_tokens": len(kept),
+        "longest_answer": max(sum(len(segment.logp) for segment in episode.segments) for episode in episodes),
         "truncated": float(np.mean([episode.ended == "length" for episode in episodes])),
         "malformed": float(np.mean([episode.ended == "malformed" for episode in episodes])),
         "resets": float(np.mean([len(episode.resets) for episode in episodes])),
@@ -221,7 +227,7 @@ def save_held_out(folder: RunFolder, **results: dict[str, Any]) -> None:
 def report(folder: RunFolder, config: Config, console: Console) -> None:
     """The end of a run: scores before and after, and where things are."""
     results = json.loads((folder.path / "held_out.json").read_text())
-    console.print(held_out_table(results["before"]["score"], results["after"]["score"], config.held_out))
+    console.print(held_out_table(results["before"], results["after"]))
     for name in ("before", "after"):
         agreement = {k: v for k, v in results[name]["parts"].items() if k.endswith("/judge_agreement")}
         for part, value in agreement.items():

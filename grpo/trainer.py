@@ -1,7 +1,6 @@
 """One policy under optimisation: minibatches in, weights and statistics out."""
 
 import math
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -140,7 +139,6 @@ class Trainer:
         """
         if not batch:
             raise ValueError("no group has rewards that differ: there is nothing to learn from")
-        started = time.perf_counter()
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.lr * schedule(step, self.config)
         with self.clock.phase("packing"):
@@ -153,8 +151,6 @@ class Trainer:
             norms.append(self._step(part, packs_of_part, refs, record, step))
         metrics: dict[str, Any] = record.metrics()
         metrics["grad_norm"] = sum(norms) / len(norms)
-        metrics["seconds_train"] = time.perf_counter() - started
-        metrics["train_tokens_per_s"] = sum(t.num_tokens for t in batch) / metrics["seconds_train"]
         return metrics
 
     def _packs(self, part: Sequence[Trajectory]) -> list[Packed]:

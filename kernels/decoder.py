@@ -198,27 +198,6 @@ def rotate_queries(up_NF: Tensor, turn_N1R: Tensor, q_NHW: Tensor, nope: int, in
 
 
 @triton.jit
-def _silu_mul_kernel(x_ptr, out_ptr, D, BLOCK: tl.constexpr):
-    n = tl.program_id(0).to(tl.int64)
-    d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    gate = tl.load(x_ptr + n * 2 * D + d, mask=d < D, other=0.0)
-    up = tl.load(x_ptr + n * 2 * D + D + d, mask=d < D, other=0.0).to(tl.float32)
-    wide = gate.to(tl.float32)
-    gate = (wide / (1.0 + tl.exp(-wide))).to(gate.dtype).to(tl.float32)
-    tl.store(out_ptr + n * D + d, (gate * up).to(out_ptr.dtype.element_ty), mask=d < D)
-
-
-def silu_mul(x_NF: Tensor) -> Tensor:
-    """silu(gate) * up, where a row holds the one beside the other: [N, F / 2]."""
-    (N, F), D = x_NF.shape, x_NF.shape[1] // 2
-    assert x_NF.is_contiguous() and F == 2 * D, (x_NF.shape, x_NF.stride())
-    out = torch.empty(N, D, dtype=x_NF.dtype, device=x_NF.device)
-    if out.numel():
-        _silu_mul_kernel[(N, triton.cdiv(D, 1024))](x_NF, out, D, 1024, num_warps=4)
-    return out
-
-
-@triton.jit
 def _route_kernel(
     logit_ptr, bias_ptr, id_ptr, gate_ptr, scale, E: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr,
     K: tl.constexpr, NORMALISE: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -231,8 +210,8 @@ def _route_kernel(
     score = tl.sigmoid(tl.load(logit_ptr + n * E + e, mask=inside, other=0.0))
     choice = tl.where(inside, score + tl.load(bias_ptr + e, mask=inside, other=0.0), float("-inf"))
     if KEPT < GROUPS:
-        best = tl.argmax(choice, 1)
-        second = tl.max(tl.where(s[None, :] == best[:, None], float("-inf"), choice), 1)
+        first_of_group = tl.argmax(choice, 1)
+        second = tl.max(tl.where(s[None, :] == first_of_group[:, None], float("-inf"), choice), 1)
         group = tl.where(g < GROUPS, tl.max(choice, 1) + second, float("-inf"))
         kept = tl.zeros((BLOCK_G,), tl.int32)
         for _ in range(0, KEPT):

@@ -162,11 +162,11 @@ def _hopper(q_NHC: Tensor, kv_MC: Tensor, value_dim: int) -> ModuleType | None:
 
 
 def _splits(programs: int, tiles: int, device: torch.device) -> int:
-    """Parts into which the keys of a query are split so that few programs still fill the GPU: a power of two, of the
-    sizes of the call and the GPU alone, so that equal calls have equal bits."""
+    """Parts into which the keys of a query are split so that few programs still fill the GPU, two a multiprocessor: a
+    power of two, of the sizes of the call and the GPU alone, so that equal calls have equal bits."""
     if device.type != "cuda":
         return 1
-    room = torch.cuda.get_device_properties(device).multi_processor_count // max(1, programs)
+    room = 2 * torch.cuda.get_device_properties(device).multi_processor_count // max(1, programs)
     return 1 << (max(1, min(tiles, room)).bit_length() - 1)
 
 

@@ -21,11 +21,11 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 def moe_layers(config: Mapping[str, Any]) -> list[int]:
     """The layers with routed experts, of a config.json."""
     layers = range(config["num_hidden_layers"])
-    if config["architectures"][0] == "DeepseekV32ForCausalLM":
-        dense = config["first_k_dense_replace"]
-        kinds = config.get("mlp_layer_types") or ["dense" if i < dense else "sparse" for i in layers]
+    if kinds := config.get("mlp_layer_types"):
         return [i for i in layers if kinds[i] == "sparse"]
-    if config["architectures"][0] == "Qwen3MoeForCausalLM":
+    if "first_k_dense_replace" in config:
+        return [i for i in layers if i >= config["first_k_dense_replace"]]
+    if "decoder_sparse_step" in config or "mlp_only_layers" in config:
         step, dense = config.get("decoder_sparse_step", 1), config.get("mlp_only_layers") or []
         return [i for i in layers if i not in dense and (i + 1) % step == 0]
     return []

@@ -1,5 +1,6 @@
 import os
 
+import pytest
 import torch
 from hypothesis import settings
 
@@ -9,3 +10,17 @@ if not torch.cuda.is_available():
 
 settings.register_profile("trimtab", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("trimtab")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="also run what is marked slow: it takes minutes")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes minutes; left out unless --slow is given")
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if "slow" in item.keywords and not config.getoption("--slow"):
+            item.add_marker(pytest.mark.skip(reason="takes minutes: --slow"))

@@ -12,6 +12,7 @@ from tiny import save_tiny_deepseek
 from torch import Tensor
 
 from trimtab.kernels import decoder, reference
+from trimtab.kernels.swiglu import swiglu
 from trimtab.rollout.engine.dsa_paged import DecodeStep, plan_step
 from trimtab.rollout.types import Request, Sampling
 
@@ -98,7 +99,7 @@ def test_the_launches_of_a_layer_can_be_captured():
 
     def layer() -> tuple[Tensor, ...]:
         routes = decoder.route(logit, bias, 6, groups=1, groups_kept=1, normalise=True, scale=1.0)
-        return *decoder.add_norm(x, x, gain, 1e-6), decoder.silu_mul(x), *routes
+        return *decoder.add_norm(x, x, gain, 1e-6), swiglu(x), *routes
 
     layer()
     graph = torch.cuda.CUDAGraph()

@@ -73,16 +73,6 @@ def test_rotated_queries(H, nope, C, R, index_H, D, dtype):
     assert relative_error(index, rotate_halves(index_q.unflatten(-1, (index_H, -1)), turn)) < FORWARD[dtype]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("width", [1, 1030])
-def test_a_gated_unit(width, dtype):
-    x = numbers(3, 2 * width, dtype=dtype)
-    with poisoned():
-        out = decoder.silu_mul(x)
-    gate, up = x.chunk(2, -1)
-    assert relative_error(out, F.silu(gate) * up) < FORWARD[dtype]
-
-
 @pytest.mark.parametrize(
     "E, groups, kept, K, normalise", [(48, 1, 1, 6, True), (32, 8, 3, 4, True), (12, 4, 2, 5, False)]
 )

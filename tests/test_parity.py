@@ -1,20 +1,27 @@
-"""The first inner step on unchanged weights: the trainer's ratio to the engines is 1, before and after an update."""
+"""The first inner step on unchanged weights: the trainer's ratio to the engines is 1, before and after an update.
+
+Of DeepSeek-V3.2 in two actors, of every other family in one engine of this process.
+"""
 
 import asyncio
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from tiny import save_tiny_deepseek
+from test_rollout_engine import run
+from tiny import save_tiny, save_tiny_deepseek
 
 from trimtab.grpo.batch import Trajectory, pack
 from trimtab.grpo.config import LossSettings
+from trimtab.grpo.policy.families import ARCHITECTURES
 from trimtab.grpo.policy.policy import Policy, load_policy
 from trimtab.kernels.reference import kept_logp
-from trimtab.rollout.engine.engine import EngineConfig
+from trimtab.rollout.engine.architectures import SUPPORTED
+from trimtab.rollout.engine.engine import Engine, EngineConfig
 from trimtab.rollout.engine.pool import Pool
 from trimtab.rollout.types import Completion, Request, Sampling, Segment
 
@@ -44,33 +51,48 @@ def segment(name: str, prompt: tuple[int, ...], one: Completion) -> Segment:
         logp=one.logp,
         kept_ids=one.kept_ids,
         kept_offsets=one.kept_offsets,
-        routes=one.routes,
+        routes=one.routes if one.routes.shape[1] else np.zeros((len(prompt) + len(one.token_ids) - 1, 0, 0), np.uint8),
         weight_version=np.full(len(one.token_ids), one.weight_version, np.int32),
     )
 
 
-def sample(pool: Pool) -> list[Trajectory]:
-    """Four continuations of each prompt, from both actors at once."""
+def requests() -> list[Request]:
     rng = random.Random(0)
     prompts = [tuple(rng.randrange(360) for _ in range(length)) for length in LENGTHS]
+    return [Request(name=f"p{i}", prompt_ids=ids, sampling=SAMPLING, n=4, seed=i) for i, ids in enumerate(prompts)]
 
-    async def ask() -> list[list[Completion]]:
-        requests = [
-            Request(name=f"p{i}", prompt_ids=prompt, sampling=SAMPLING, n=4, seed=i) for i, prompt in enumerate(prompts)
-        ]
-        return list(await asyncio.gather(*map(pool.generate, requests)))
 
+def trajectories(asked: list[Request], answers: list[list[Completion]]) -> list[Trajectory]:
     return [
         Trajectory(
-            name=f"p{i}/{j}",
+            name=f"{request.name}/{j}",
             domain="any",
-            segments=(segment(f"p{i}/{j}", prompts[i], one),),
+            segments=(segment(f"{request.name}/{j}", request.prompt_ids, one),),
             advantage=1.0,
             settings=LossSettings(),
         )
-        for i, completions in enumerate(asyncio.run(ask()))
+        for request, completions in zip(asked, answers, strict=True)
         for j, one in enumerate(completions)
     ]
+
+
+def sample(pool: Pool) -> list[Trajectory]:
+    """Four continuations of each prompt, from both actors at once."""
+
+    async def ask() -> list[list[Completion]]:
+        return list(await asyncio.gather(*map(pool.generate, requests())))
+
+    return trajectories(requests(), asyncio.run(ask()))
+
+
+def move(policy: Policy) -> None:
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+        for name, buffer in policy.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.add_(0.02 * torch.randn_like(buffer))
 
 
 @torch.no_grad()
@@ -96,13 +118,50 @@ def test_the_ratio_is_one_on_unchanged_weights_before_and_after_an_update(pool, 
     assert len(first) == 4 * len(LENGTHS)
     assert worst_log_ratio(policy, first) < 1e-5
 
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in policy.parameters():
-            parameter.add_(0.02 * torch.randn_like(parameter))
+    move(policy)
     assert worst_log_ratio(policy, first) > 1e-2, "the weights moved: what the old ones sampled is off-policy"
 
     pool.load_weights(lambda: policy.weights().items(), version=1)
     second = sample(pool)
     assert all((t.segments[0].weight_version == 1).all() for t in second)
     assert worst_log_ratio(policy, second) < 1e-5
+
+
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 64}
+MSCALE = YARN | {"mscale": 0.7, "mscale_all_dim": 0.5}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "DeepseekV2ForCausalLM": {"q_lora_rank": None, "rope_parameters": MSCALE},
+    "DeepseekV3ForCausalLM": {"rope_parameters": MSCALE},
+    "GlmMoeDsaForCausalLM": {},
+    "LlamaForCausalLM": {
+        "attention_bias": True,
+        "mlp_bias": True,
+        "rope_parameters": LLAMA3 | {"low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    },
+    "MistralForCausalLM": {"sliding_window": 512},
+    "Qwen2ForCausalLM": {"tie_word_embeddings": True, "rope_parameters": YARN},
+    "Qwen3ForCausalLM": {},
+    "Qwen3MoeForCausalLM": {},
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_has_a_ratio_of_one_before_and_after_an_update(name, tmp_path):
+    save_tiny(tmp_path, name, **({"initializer_range": 0.1} | FAMILIES[name]))
+    policy = load_policy(tmp_path)
+    engine = Engine(EngineConfig(model=str(tmp_path), max_model_len=256, kv_cache_bytes=32 << 20, max_num_seqs=16))
+    try:
+        first = trajectories(requests(), run(engine, requests()))
+        assert worst_log_ratio(policy, first) < 1e-5
+        move(policy)
+        assert worst_log_ratio(policy, first) > 1e-2
+        engine.load_weights(policy.weights(), 1)
+        assert worst_log_ratio(policy, trajectories(requests(), run(engine, requests()))) < 1e-5
+    finally:
+        engine.close()
+
+
+def test_engine_and_trainer_know_the_same_families():
+    assert tuple(ARCHITECTURES) == SUPPORTED
+    assert {*FAMILIES, "DeepseekV32ForCausalLM"} == {*SUPPORTED}

@@ -13,7 +13,7 @@ import transformers
 from tiny import save_tiny_deepseek, tiny_deepseek
 
 from trimtab.grpo.sync import differing
-from trimtab.rollout.engine.engine import Engine, EngineConfig, moe_layers
+from trimtab.rollout.engine.engine import Engine, EngineConfig
 from trimtab.rollout.engine.weights import checksums
 from trimtab.rollout.types import Completion, Request, Sampling
 
@@ -278,16 +278,6 @@ def test_models_of_vllm_equal_transformers_before_and_after_an_update(name, valu
         assert theirs.keys() >= {"embed", "layers.0.norm", "norm"}  # a CPU packs its products' weights away
         assert differing(theirs, {group: ours[group] for group in theirs}) == []
     engine.close()
-
-
-def test_moe_layers_are_read_from_the_config():
-    deepseek = {"architectures": ["DeepseekV32ForCausalLM"], "num_hidden_layers": 4, "first_k_dense_replace": 3}
-    qwen = {"architectures": ["Qwen3MoeForCausalLM"], "num_hidden_layers": 4}
-    assert moe_layers(deepseek) == [3]
-    assert moe_layers(deepseek | {"mlp_layer_types": ["dense", "sparse", "dense", "sparse"]}) == [1, 3]
-    assert moe_layers(qwen | {"decoder_sparse_step": 2}) == [1, 3]
-    assert moe_layers(qwen | {"mlp_only_layers": [1]}) == [0, 2, 3]
-    assert moe_layers({"architectures": ["LlamaForCausalLM"], "num_hidden_layers": 4}) == []
 
 
 def test_a_config_that_cannot_run_is_refused(checkpoint, tmp_path):

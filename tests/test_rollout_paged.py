@@ -16,7 +16,7 @@ from torch import Tensor
 from trimtab.kernels import reference
 from trimtab.rollout.engine import dsa_model
 from trimtab.rollout.engine.dsa_model import DsaAttention, DsaMetadata, Indexer, buckets
-from trimtab.rollout.engine.dsa_modules import Norm
+from trimtab.rollout.engine.dsa_modules import Experts, Norm
 from trimtab.rollout.engine.dsa_paged import DecodeStep, plan_step
 from trimtab.rollout.engine.engine import Engine
 from trimtab.rollout.types import Request
@@ -192,6 +192,29 @@ def test_projections_in_kernels_are_the_plain_ones_and_cache_the_same_rows():
     for plain, fused in zip(*results, strict=True):
         torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-5)
     assert layer._project_in_kernels(x, w_uk, turn, None)[0].shape == (5, H, C + R)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kinds", "possible"),
+    [
+        (torch.float32, ["dense", "sparse"], False),
+        (torch.float32, ["dense", "dense"], True),
+        (torch.bfloat16, ["dense", "sparse"], True),
+    ],
+)
+def test_graphs_hold_every_policy_but_one_with_experts_of_fp32(dtype, kinds, possible):
+    config = {"num_hidden_layers": 2, "mlp_layer_types": kinds}
+    assert dsa_model.graphs_possible(config, dtype) == possible
+
+
+def test_experts_take_ids_of_either_width():
+    config = SimpleNamespace(n_routed_experts=5, moe_intermediate_size=8, hidden_size=16)
+    experts = Experts(config)
+    torch.manual_seed(0)
+    for parameter in experts.parameters():
+        parameter.data.normal_()
+    x, ids, gate = torch.randn(7, 16), torch.randint(0, 5, (7, 2)), torch.rand(7, 2)
+    assert torch.equal(experts(x, ids, gate), experts(x, ids.int(), gate))
 
 
 def test_a_whole_engine_samples_the_same_over_the_paged_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

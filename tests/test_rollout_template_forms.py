@@ -11,10 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scene import Engine, Scene
-from tokenizers import processors
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
 
 from trimtab.environments.base import Message, ToolCall
-from trimtab.rollout.formats.chat import FormatError
+from trimtab.rollout.formats.chat import FormatError, MarkupError
 from trimtab.rollout.formats.syntax import PRESETS, Syntax, parameter_schemas
 from trimtab.rollout.formats.template import TemplateChat, load_format
 from trimtab.rollout.play import Rules, play_group
@@ -183,6 +184,23 @@ def test_a_begin_of_text_comes_from_the_template_alone(name):
         "input_ids"
     ]
     assert list(chat.conversation((ASK,), thinking=False).prompt_ids()) == expected
+
+
+@pytest.mark.parametrize("scheme", ["first", "always"])
+def test_a_tokenizer_that_begins_texts_with_a_space_cuts_marks_or_says_that_it_cannot(scheme):
+    letters = {letter: i for i, letter in enumerate("\u2581abcdefghijklmnopqrstuvwxyzQ<>[]/|_ISNT\n")}
+    tokenizer = Tokenizer(models.BPE(vocab=letters, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme=scheme)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    fast.chat_template = TEMPLATES["mistral"]
+    conversation = TemplateChat(fast).conversation((Message("user", "is </s> a mark"),), thinking=False)
+    if scheme == "always":
+        with pytest.raises(MarkupError, match="writes what begins '</s> a mark"):
+            conversation.prompt_ids()
+    else:
+        assert fast.eos_token_id not in conversation.prompt_ids()
+        assert "is </s> a mark" in fast.decode(conversation.prompt_ids())
 
 
 def test_a_syntax_that_is_given_writes_the_calls_which_a_template_leaves_out():

@@ -22,7 +22,8 @@ from trimtab.rewards.judging.endpoint import Endpoint
 from trimtab.rewards.judging.model import Complete, JudgeModel, Usage, VerdictCache, yes_no
 from trimtab.rewards.judging.rubric import Criterion, Grader, JudgeError, Rubric, RubricScore, rubric_score
 from trimtab.rewards.judging.verdicts import Preference, grade, prefer
-from trimtab.rollout.engine.engine import EngineConfig, read_config
+from trimtab.rollout.checkpoint import read_config
+from trimtab.rollout.engine.engine import EngineConfig
 from trimtab.rollout.engine.pool import Pool
 from trimtab.rollout.formats.template import load_format
 from trimtab.rollout.judge import EngineModel

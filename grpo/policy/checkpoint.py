@@ -65,8 +65,8 @@ def _compare(folder: Path, wanted: Shapes, found: Shapes, ignored: list[str]) ->
     for key, shape in wanted.items():
         if found[key] != shape:
             raise ValueError(
-                f"the checkpoint at {folder} holds {key} with shape {found[key]}, but config.json wants {shape}: they do "
-                "not belong together"
+                f"the checkpoint at {folder} holds {key} with shape {found[key]}, but config.json wants {shape}: they "
+                "do not belong together"
             )
 
 

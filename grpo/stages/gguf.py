@@ -98,7 +98,10 @@ def _tokenizer(file: Path, header: Header) -> Any:
 
 def _model(file: Path, header: Header) -> Any:
     """A plain model with the file's weights: the one that transformers reads is tied to its file."""
-    read: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.bfloat16)
+    load: Any = AutoModelForCausalLM.from_pretrained
+    read, found = load(file.parent, gguf_file=file.name, dtype=torch.bfloat16, output_loading_info=True)
+    if missing := sorted(found["missing_keys"]):  # transformers would leave them random
+        raise ValueError(f"it lacks {len(missing)} weights, such as {missing[0]}")
     weights = read.state_dict()
     if broken := sorted(name for name, weight in weights.items() if not weight.isfinite().all()):
         raise ValueError(f"{len(broken)} of its tensors are not finite, such as {broken[0]}")

@@ -363,11 +363,13 @@ def _policy_config(hf_config: Any) -> DeepseekV32Config:
 
 
 class DsaForCausalLM(nn.Module):
-    """transformers' DeepseekV32ForCausalLM for vLLM, parameter for parameter.
+    """transformers' DeepseekV32ForCausalLM, and its GlmMoeDsaForCausalLM, for vLLM, parameter for parameter.
 
     Raises:
         ValueError: a config with attention biases, or with a RoPE that depends on the length.
     """
+
+    _turn: Tensor
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__()
@@ -418,6 +420,8 @@ class DsaForCausalLM(nn.Module):
         parameters = dict(self.named_parameters())
         seen = set()
         for name, weight in weights:
+            if ".indexer." in name and getattr(self.config, "indexer_rope_interleave", False):
+                weight = halves_of_pairs(name, weight, self.config.index_head_dim, self.config.qk_rope_head_dim)
             key, index = _stacked(name)
             if key not in parameters:
                 if key == "lm_head.weight" and self.config.tie_word_embeddings:
@@ -431,6 +435,16 @@ class DsaForCausalLM(nn.Module):
             target.copy_(weight)
             seen.add(key)
         return seen
+
+
+def halves_of_pairs(name: str, weight: Tensor, head_dim: int, rope_dim: int) -> Tensor:
+    """An indexer's weight whose RoPE pairs neighbouring channels, for one that pairs halves: as transformers turns
+    GLM's, the first channels of all pairs come before the second."""
+    if "weights_proj" in name:
+        return weight
+    heads = weight.unflatten(0, (-1, head_dim))
+    rope, rest = heads.split([rope_dim, head_dim - rope_dim], 1)
+    return torch.cat([rope[:, 0::2], rope[:, 1::2], rest], 1).flatten(0, 1)
 
 
 def _stacked(name: str) -> tuple[str, tuple[int, int | None] | None]:

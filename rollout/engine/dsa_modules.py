@@ -64,7 +64,9 @@ class Mlp(nn.Module):
         """x [N, hidden]; what a routed layer reads beside it is ignored."""
         gate_up = F.linear(x, self._gate_up)
         if x.is_cuda:
-            return F.linear(_kernels().silu_mul(gate_up), self.down_proj.weight)
+            from trimtab.kernels.swiglu import swiglu
+
+            return F.linear(swiglu(gate_up), self.down_proj.weight)
         gate, up = gate_up.chunk(2, -1)
         return F.linear(F.silu(gate) * up, self.down_proj.weight)
 
@@ -141,7 +143,7 @@ class Experts(nn.Module):
     def forward(self, x: Tensor, ids_NK: Tensor, gate_NK: Tensor) -> Tensor:
         K = ids_NK.shape[1]
         expert, order = ids_NK.flatten().sort(stable=True)
-        last = torch.arange(len(self.down_proj), device=x.device)
+        last = torch.arange(len(self.down_proj), dtype=expert.dtype, device=x.device)
         ends = torch.searchsorted(expert, last, right=True).int()
         gate, up = F.grouped_mm(x[order // K], self.gate_up_proj.transpose(1, 2), offs=ends).chunk(2, -1)
         sorted_out = F.grouped_mm(F.silu(gate) * up, self.down_proj.transpose(1, 2), offs=ends)

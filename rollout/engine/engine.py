@@ -1,6 +1,5 @@
 """One vLLM engine in this process: requests in, completions with everything the sampler knew out."""
 
-import json
 import os
 import time
 from collections.abc import Iterable, Mapping
@@ -10,6 +9,8 @@ from typing import Any
 
 import torch
 
+from trimtab.rollout.checkpoint import moe_layers, read_config, stop_ids
+from trimtab.rollout.engine.architectures import CPU_ENVIRONMENT, DSA, SUPPORTED, options
 from trimtab.rollout.engine.sequences import Running, SequenceRecord
 from trimtab.rollout.engine.weights import Array, Handle, Layout, Named, to_tensors
 from trimtab.rollout.types import Completion, Request
@@ -29,9 +30,6 @@ ENVIRONMENT = {
     "MALLOC_TRIM_THRESHOLD_": "1000000000",
 }
 """Must be set before the process starts (the allocator's part) or imports vllm (the rest)."""
-
-DSA = "DeepseekV32ForCausalLM"
-SUPPORTED = (DSA, "LlamaForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +60,8 @@ class EngineConfig:
         policy = read_config(self.model)
         architecture = policy.get("architectures", [None])[0]
         if architecture not in SUPPORTED:
-            raise ValueError(f"{self.model} holds {architecture}, which is not supported; use one of {SUPPORTED}")
+            names = ", ".join(SUPPORTED)
+            raise ValueError(f"{self.model} holds {architecture}, which is not supported; use one of {names}")
         longest = policy.get("max_position_embeddings", self.max_model_len)
         if self.max_model_len > longest:
             raise ValueError(
@@ -78,31 +77,6 @@ class EngineConfig:
             )
 
 
-def read_config(model: str) -> dict[str, Any]:
-    """config.json of a checkpoint folder.
-
-    Raises:
-        ValueError: there is none.
-    """
-    path = Path(model) / "config.json"
-    if not path.is_file():
-        raise ValueError(f"no checkpoint at {model}: config.json is missing")
-    return json.loads(path.read_text())
-
-
-def moe_layers(config: Mapping[str, Any]) -> list[int]:
-    """The layers with routed experts, of a config.json."""
-    layers = range(config["num_hidden_layers"])
-    if config["architectures"][0] == DSA:
-        dense = config["first_k_dense_replace"]
-        kinds = config.get("mlp_layer_types") or ["dense" if i < dense else "sparse" for i in layers]
-        return [i for i in layers if kinds[i] == "sparse"]
-    if config["architectures"][0] == "Qwen3MoeForCausalLM":
-        step, dense = config.get("decoder_sparse_step", 1), config.get("mlp_only_layers") or []
-        return [i for i in layers if i not in dense and (i + 1) % step == 0]
-    return []
-
-
 class Engine:
     """A continuous batch: add requests at any time, step while busy.
 
@@ -116,18 +90,18 @@ class Engine:
     def __init__(self, config: EngineConfig):
         check_device(config, on_gpu=torch.cuda.is_available())
         started = time.perf_counter()
-        os.environ.update(ENVIRONMENT)
+        os.environ.update(ENVIRONMENT if torch.cuda.is_available() else ENVIRONMENT | CPU_ENVIRONMENT)
         from vllm import LLM
 
         from trimtab.rollout.engine import plugin, receive
 
         plugin.register()
         policy = read_config(config.model)
-        if policy["architectures"][0] != DSA:
+        if policy["architectures"][0] not in DSA:
             plugin.resolve(policy["architectures"][0])
         imported = time.perf_counter()
         self.config, self.version, self.asleep = config, 0, False
-        self._stop = list(_eos(policy) if config.stop_ids is None else config.stop_ids)
+        self._stop = list(stop_ids(config.model) if config.stop_ids is None else config.stop_ids)
         self._moe_layers = moe_layers(policy)
         self._experts_per_token = policy.get("num_experts_per_tok", 0)
         self._running: dict[str, tuple[Running, SequenceRecord]] = {}
@@ -147,7 +121,7 @@ class Engine:
             logprobs_mode="processed_logprobs",
             enable_return_routed_experts=bool(self._moe_layers),
             weight_transfer_config={"backend": receive.BACKEND},
-            **(_dsa_options(plugin.ARCHITECTURE) if policy["architectures"][0] == DSA else {}),
+            **options(policy["architectures"][0]),
             **_graph_options(config),
             **_device_options(config),
         )
@@ -350,11 +324,6 @@ def capture_sizes(max_num_seqs: int) -> list[int]:
     return [*sizes, max_num_seqs]
 
 
-def _eos(policy: Mapping[str, Any]) -> list[int]:
-    eos = policy.get("eos_token_id")
-    return [] if eos is None else [eos] if isinstance(eos, int) else eos
-
-
 def _graph_options(config: EngineConfig) -> dict[str, Any]:
     """Whole decoding steps in graphs, prompts eager; nothing is compiled, so a start takes seconds."""
     if not config.graphs:
@@ -366,12 +335,6 @@ def _graph_options(config: EngineConfig) -> dict[str, Any]:
             "cudagraph_capture_sizes": capture_sizes(config.max_num_seqs),
         }
     }
-
-
-def _dsa_options(architecture: str) -> dict[str, Any]:
-    """How vLLM runs our model. A model type of our own, since it bars those it knows as MLA from prefix caching on
-    a CPU; small blocks, since only whole ones are shared between requests."""
-    return {"hf_overrides": {"architectures": [architecture], "model_type": "trimtab_dsa"}, "block_size": 16}
 
 
 def _device_options(config: EngineConfig) -> dict[str, Any]:

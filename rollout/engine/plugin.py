@@ -1,6 +1,6 @@
 """What vLLM loads at its start through the entry point vllm.general_plugins."""
 
-ARCHITECTURE = "TrimtabDsaForCausalLM"
+from trimtab.rollout.engine.architectures import OURS
 
 
 def register() -> None:
@@ -10,7 +10,7 @@ def register() -> None:
     from trimtab.rollout.engine import receive
     from trimtab.rollout.engine.dsa_model import DsaForCausalLM
 
-    ModelRegistry.register_model(ARCHITECTURE, DsaForCausalLM)
+    ModelRegistry.register_model(OURS, DsaForCausalLM)
     receive.register()
 
 

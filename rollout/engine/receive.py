@@ -14,6 +14,8 @@ from trimtab.rollout.engine.dsa_model import DsaForCausalLM
 from trimtab.rollout.engine.weights import Handle, Layout, Named, one_by_one, views
 
 BACKEND = "trimtab"
+DENSE = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+"""vLLM's models that load into place on a GPU: others are loaded anew, layer by layer, which takes longer."""
 
 
 @dataclass
@@ -37,8 +39,12 @@ class Transfer(WeightTransferEngine[NoInit, Update]):
     init_info_cls = NoInit
     update_info_cls = Update
 
-    def init_transfer_engine(self, init_info: NoInit) -> None:
+    def __init__(self, *args: Any):
+        super().__init__(*args)
         self._importer = PackedBufferImporter()
+
+    def init_transfer_engine(self, init_info: NoInit) -> None:
+        pass
 
     def start_weight_update(self) -> None:
         if loads_in_place(self.model):
@@ -71,10 +77,9 @@ class Transfer(WeightTransferEngine[NoInit, Update]):
 
 
 def loads_in_place(model: nn.Module) -> bool:
-    """Whether a model's parameters are its weights: ours are, and vLLM's on a GPU but for those with experts."""
-    if isinstance(model, DsaForCausalLM):
-        return True
-    return torch.cuda.is_available() and not any(_expert_kernel(module) for module in model.modules())
+    """Whether a model computes with its parameters as they were loaded. On a CPU, and where there are experts or latent
+    attention, vLLM's own derive others from them."""
+    return isinstance(model, DsaForCausalLM) or (torch.cuda.is_available() and type(model).__name__ in DENSE)
 
 
 def _expert_kernel(module: nn.Module) -> bool:

@@ -15,6 +15,8 @@ START = {
     "initialize_from_config": "cache",
     "compile_or_warm_up_model": "warm-up",
 }
+DERIVED = (".W_UV", ".W_UK_T")
+"""What vLLM's latent attention computes with: copies of kv_b_proj."""
 
 
 def reporting(worker: Any) -> Any:
@@ -30,6 +32,8 @@ def reporting(worker: Any) -> Any:
             seen: set[int] = set()
             pairs = []
             for name, weight in self.model_runner.get_model().named_parameters():
+                if name.endswith(DERIVED):
+                    continue
                 if not weight.numel() or weight.data_ptr() not in seen:  # a tied head counts once
                     seen.add(weight.data_ptr())
                     pairs.append((name, weight))

@@ -80,8 +80,8 @@ def _find_end(template: Rendering) -> str:
     end = max((token for token in template.added if after.startswith(token)), key=len, default="")
     if not end:
         raise ValueError(
-            f"the template ends a turn with {after[:40]!r}, which is no token of its own in this tokenizer, so no turn "
-            "would ever stop; add the token, or take the tokenizer that belongs to the template"
+            f"the template ends a turn with {after[:40] or 'nothing'!r}, which is no token of this tokenizer, "
+            "so no turn would ever stop; add the token, or take the tokenizer that belongs to the template"
         )
     return end
 

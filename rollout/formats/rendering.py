@@ -56,6 +56,7 @@ class Rendering:
         self.source = "\n".join(named.values()) or str(tokenizer.chat_template)
         self._for_tools = "tool_use" if "tool_use" in named else None
         self._known = frozenset(tokenizer.get_vocab().values())
+        self._anchor = next((text for text in special if not tokenizer.added_tokens_decoder[tokens[text]].rstrip), "")
         self._special = tuple(filter(str.strip, special))
         self.reserve(())
 
@@ -91,13 +92,14 @@ class Rendering:
         Raises:
             MarkupError: the tokenizer cannot write a mark in other tokens than its own.
         """
-        ids = tuple(i for piece in text.split(CUT) for i in self._tokenizer.encode(piece, add_special_tokens=False))
-        if CUT in text and self.decode(ids) != self.decode(self.encode(text.replace(CUT, ""))):
-            raise MarkupError(f"the tokenizer can write these marks as themselves only: {self._cut_in(text)}")
+        first, *pieces = text.split(CUT)
+        ids = tuple(self._tokenizer.encode(first, add_special_tokens=False))
+        for piece in pieces:  # behind a token, since some tokenizers begin every text with a space
+            ids += tuple(self._tokenizer.encode(self._anchor + piece, add_special_tokens=False)[bool(self._anchor) :])
+        if pieces and self.decode(ids) != self.decode(self.encode(text.replace(CUT, ""))):
+            mark = (first[-1] + pieces[0])[:40]
+            raise MarkupError(f"the tokenizer writes what begins {mark!r} only as a token of its own; remove it")
         return ids
-
-    def _cut_in(self, text: str) -> list[str]:
-        return self._all.findall(text.replace(CUT, ""))[:5]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of ids, marks included, its spaces as they are."""
