@@ -100,7 +100,7 @@ def test_engines_get_merged_weights_under_the_names_of_the_base(precision):
     moved = {
         name
         for name in names
-        if not torch.equal(weights[name].float(), start_of_run[name].to(weights[name].dtype).float())
+        if not torch.equal(merged[name].float(), start_of_run[name].to(merged[name].dtype).float())
     }
     assert moved and all(name.endswith("_proj.weight") for name in moved)
 
