@@ -18,7 +18,7 @@ smollm2: .venv/.stamp
 	$(BIN)/trimtab train smollm2
 
 # Tests run side by side, a thread each; those with engines want the machine for themselves.
-ENGINES := $(patsubst %,tests/test_%.py,gpu_parity judge_eval judge_server parity rollout_engine rollout_judge rollout_pool train)
+ENGINES := $(patsubst %,tests/test_%.py,gpu_engine gpu_graphs gpu_parity judge_eval judge_server parity rollout_engine rollout_judge rollout_pool train)
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(patsubst %,--ignore=%,$(ENGINES))

@@ -24,7 +24,6 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from shapes import Cost, card, checkpoint
@@ -39,7 +38,8 @@ from trimtab.grpo.trainer import Trainer
 from trimtab.kernels import reference
 from trimtab.rollout.checkpoint import read_config
 from trimtab.rollout.engine.engine import Engine, EngineConfig
-from trimtab.rollout.types import Completion, Request, Sampling, Segment
+from trimtab.rollout.play import recorded as recorded_segment
+from trimtab.rollout.types import Completion, Request, Sampling
 
 MAX_TOKENS = 128
 SAMPLING = Sampling(temperature=1.0, top_p=0.95, top_k=64, max_tokens=MAX_TOKENS)
@@ -71,16 +71,7 @@ def sample(engine: Engine, vocab_size: int, longest: int) -> list[Trajectory]:
 
 
 def trajectory(name: str, prompt: tuple[int, ...], one: Completion) -> Trajectory:
-    segment = Segment(
-        name=name,
-        token_ids=np.array([*prompt, *one.token_ids], np.int32),
-        sampled=np.array([False] * len(prompt) + [True] * len(one.token_ids)),
-        logp=one.logp,
-        kept_ids=one.kept_ids,
-        kept_offsets=one.kept_offsets,
-        routes=one.routes,
-        weight_version=np.full(len(one.token_ids), one.weight_version, np.int32),
-    )
+    segment = recorded_segment(name, prompt, one)
     return Trajectory(name=name, domain="any", segments=(segment,), advantage=1.0, settings=LossSettings())
 
 

@@ -90,9 +90,9 @@ class Players:
             WeightMismatch: one does not.
         """
         with self._clock.phase("weights"):
-            trainer.rest()
             self.pool.load_weights(trainer.stream, version)
         with self._clock.phase("wake and sleep"):
+            trainer.rest()
             self.pool.wake()
         if self._probe is None:
             return {}

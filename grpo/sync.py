@@ -12,7 +12,7 @@ from trimtab.rollout.types import Completion, RecordingError, Request, Sampling,
 
 PROBE_PROMPT = 256
 """Tokens of the probe's prompt, at most."""
-PROBE_ANSWER = 16
+PROBE_ANSWER = 4
 """Tokens that the probe samples."""
 TOLERANCE = {"fp32": 1e-3, "bf16": 0.2}
 """Mean absolute difference of the probe's log-probabilities, in nats, that rounding explains. Weights that did not

@@ -23,7 +23,7 @@ from trimtab.grpo.ledger import Plan
 from trimtab.grpo.meter import Meter
 from trimtab.grpo.mixture import PlayedBatch, draw_held_out, draw_step, part_means, prompt_scores, scores
 from trimtab.grpo.players import Players
-from trimtab.grpo.policy.lora import adapt
+from trimtab.grpo.policy.lora import adapt, load_adapter
 from trimtab.grpo.policy.policy import Policy, load_policy
 from trimtab.grpo.prepare import complete
 from trimtab.grpo.run import RunFolder, replace_text, step_of_checkpoint
@@ -148,6 +148,8 @@ def load_policies(config: Config, start: Path) -> tuple[Policy, Policy | None]:
     if adapted:
         lora = config.lora
         policy = adapt(policy, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, seed=config.seed)
+        if start != Path(config.model):
+            load_adapter(policy, start)
     needed = config.needs_reference and not adapted  # a policy without its adapters is its own reference
     return policy, load_policy(Path(config.model)) if needed else None
 
