@@ -92,7 +92,8 @@ class Players:
         with self._clock.phase("weights"):
             self.pool.load_weights(trainer.stream, version)
         with self._clock.phase("wake and sleep"):
-            trainer.rest()
+            if self._config.rollout.sleep or self._config.offload != "none":
+                trainer.rest()  # what torch keeps for the next update, and what offload names, are the cache's now
             self.pool.wake()
         if self._probe is None:
             return {}
