@@ -301,7 +301,7 @@ def saved(config: Config, layer: Layer) -> int:
 
     Inputs, normalised inputs and outputs of its two norms (6 hidden); what attention keeps (shape.py: where keys are
     selected, the larger of its two forms); gate, up, silu(gate) and their product of the gated MLP (4 widths); for each
-    chosen expert the token's row and output and five of its width; in fp32 the router's scores three times. Of the
+    chosen expert the token's row and output and four of its width; in fp32 the router's scores three times. Of the
     indexer queries and keys twice, and in fp32 scores, probabilities and ids of the selected keys.
     """
     window = resolved(config.rollout.max_len)
@@ -310,7 +310,7 @@ def saved(config: Config, layer: Layer) -> int:
     values += 4 * layer.mlp.width if layer.mlp else 0
     fp32 = 0
     if experts := layer.experts:
-        values += experts.chosen * (2 * layer.hidden + 5 * experts.width)
+        values += experts.chosen * (2 * layer.hidden + 4 * experts.width)
         fp32 += 3 * experts.total
     if indexer := layer.indexer:
         values += 2 * (indexer.heads + 1) * indexer.width

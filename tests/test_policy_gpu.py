@@ -10,7 +10,7 @@ from tiny import tiny_model
 from torch import Tensor
 
 from trimtab.grpo.policy.families import ARCHITECTURES
-from trimtab.grpo.policy.parts import Block, Pack
+from trimtab.grpo.policy.parts import LONG, Block, Pack
 from trimtab.grpo.policy.policy import Policy
 
 LENGTHS = (9, 40, 38, 16, 1, 60)
@@ -80,11 +80,12 @@ def test_a_sequence_of_64k_tokens_needs_no_square_of_its_length(name, dtype):
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("lengths", [LENGTHS, (LONG, LONG + 907)])
 @needs_gpu
-def test_flash_attention_over_a_pack_equals_the_padded_form(kv_heads):
+def test_fused_attention_over_a_pack_equals_the_padded_form(lengths, kv_heads):
     torch.manual_seed(0)
-    parts = [Pack(LENGTHS, torch.device("cuda")), Block(LENGTHS, torch.device("cuda"))]
-    tensors = [torch.randn(sum(LENGTHS), heads, 64, device="cuda").bfloat16() for heads in (4, kv_heads, kv_heads)]
+    parts = [Pack(lengths, torch.device("cuda")), Block(lengths, torch.device("cuda"))]
+    tensors = [torch.randn(sum(lengths), heads, 64, device="cuda").bfloat16() for heads in (4, kv_heads, kv_heads)]
     results = []
     for part in parts:
         q, k, v = (x.clone().requires_grad_() for x in tensors)

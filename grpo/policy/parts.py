@@ -13,11 +13,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 MAX_PADDING = 1.25
 """Rows of a block per token in it, at most: above it, a new block costs less than the padding."""
 MAX_PAIRS = 1 << 20
 """Query-key pairs of a block, unless it is one sequence: 4 MiB a head in fp32."""
+
+
+LONG = 4096
+"""Tokens from which on a sequence is worth calls of its own."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +123,8 @@ class _Unpad(torch.autograd.Function):
 
 
 class Pack(Part):
-    """All sequences of a pack, end to end: FlashAttention in half precision on a GPU, without padding."""
+    """All sequences of a pack, end to end: FlashAttention in half precision on a GPU, without padding; cuDNN's, which is
+    faster but takes one length at a time, where all are long."""
 
     @cached_property
     def offset_B(self) -> Tensor:
@@ -127,11 +133,21 @@ class Pack(Part):
         return to_device(offset_B, self.device)
 
     def causal_mha(self, q_NHD: Tensor, k_NHD: Tensor, v_NHV: Tensor, scale: float) -> Tensor:
+        if min(self.lengths) >= LONG:
+            sequences = zip(*(x.split(self.lengths) for x in (q_NHD, k_NHD, v_NHV)), strict=True)
+            return torch.cat([_long_mha(q, k, v, scale) for q, k, v in sequences])
         # torch.nn.attention.varlen calls this as well; its own signature changes with torch's version, this does not.
         out_NHV: Tensor = torch.ops.aten._flash_attention_forward(
             *(q_NHD, k_NHD, v_NHV, self.offset_B, self.offset_B, self.T, self.T), 0.0, True, False, scale=scale
         )[0]
         return out_NHV
+
+
+def _long_mha(q_THD: Tensor, k_THD: Tensor, v_THV: Tensor, scale: float) -> Tensor:
+    q, k, v = (x.transpose(0, 1)[None] for x in (q_THD, k_THD, v_THV))
+    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True):
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    return out[0].transpose(0, 1)
 
 
 def _scaled_dot_product(q_BHTD: Tensor, k_BHTD: Tensor, v_BHTV: Tensor, scale: float) -> Tensor:
