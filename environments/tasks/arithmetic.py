@@ -74,8 +74,8 @@ class NumberTask:
 
 
 class SumTask(NumberTask):
-    """Sums of two numbers of two digits. The dataset's differences are left out: a small model does not learn in minutes
-    to go below zero."""
+    """Sums of two numbers of two digits. The dataset's differences are left out: a small model does not learn in
+    minutes to go below zero."""
 
     DATASET = "chain_sum"
     OPTIONS: ClassVar = {"min_terms": 2, "max_terms": 2, "min_digits": 2, "max_digits": 2}

@@ -123,8 +123,8 @@ class _Unpad(torch.autograd.Function):
 
 
 class Pack(Part):
-    """All sequences of a pack, end to end: FlashAttention in half precision on a GPU, without padding; cuDNN's, which is
-    faster but takes one length at a time, where all are long."""
+    """All sequences of a pack, end to end: FlashAttention in half precision on a GPU, without padding. Where all are
+    long, cuDNN's, which is faster but takes one length at a time."""
 
     @cached_property
     def offset_B(self) -> Tensor:
