@@ -51,7 +51,7 @@ def _load_file(file: Path) -> ModuleType:
 
 
 def resolved(value: int | None) -> int:
-    """A setting that grpo/resolve.py has filled in."""
+    """A setting that grpo/setup/resolve.py has filled in."""
     assert value is not None, "a configuration plays and trains once it is resolved"
     return value
 

@@ -16,17 +16,17 @@ from accelerate import Accelerator
 from rich.console import Console
 
 from trimtab.grpo.batch import trajectories
-from trimtab.grpo.clock import Clock
 from trimtab.grpo.config import Config
+from trimtab.grpo.cost.clock import Clock
+from trimtab.grpo.cost.ledger import Plan
+from trimtab.grpo.cost.meter import Meter
 from trimtab.grpo.display import LiveTable, held_out_table
-from trimtab.grpo.ledger import Plan
-from trimtab.grpo.meter import Meter
 from trimtab.grpo.mixture import PlayedBatch, draw_held_out, draw_step, part_means, prompt_scores, scores
 from trimtab.grpo.players import Players
 from trimtab.grpo.policy.lora import adapt, load_adapter
 from trimtab.grpo.policy.policy import Policy, load_policy
-from trimtab.grpo.prepare import complete
 from trimtab.grpo.run import RunFolder, replace_text, step_of_checkpoint
+from trimtab.grpo.setup.prepare import complete
 from trimtab.grpo.stages.cold_start import cold_start
 from trimtab.grpo.trainer import Trainer
 

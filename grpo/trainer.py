@@ -12,13 +12,13 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from trimtab.grpo.batch import Packed, Trajectory, minibatches, pack
-from trimtab.grpo.clock import Clock
 from trimtab.grpo.config import Config, LossSettings
+from trimtab.grpo.cost.clock import Clock
 from trimtab.grpo.estimators import GrpoLoss, KlEstimator, k3, mismatch_kl, unbiased_kl, unchecked_grpo_loss
-from trimtab.grpo.offload import Shelf
 from trimtab.grpo.policy.lora import adapters, save_adapter, without_adapters
+from trimtab.grpo.policy.offload import Shelf
 from trimtab.grpo.policy.policy import Policy
-from trimtab.grpo.shard import (
+from trimtab.grpo.policy.shard import (
     clip_gradients,
     compute_dtype,
     load_optimizer_state,
