@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.grpo.config import Config, Judge
+from trimtab.grpo.mixture import chat_of
 from trimtab.rewards.judging.endpoint import Endpoint
 from trimtab.rewards.judging.model import JudgeModel, VerdictCache, yes_no
 from trimtab.rewards.judging.verdicts import grade
@@ -46,12 +47,16 @@ def is_needed(config: Config) -> bool:
 
 
 def check(config: Config) -> None:
-    """Ask the endpoint that would judge for one word.
+    """Ask the endpoint that would judge for one word, or try the chat format of the checkpoint that would.
 
     Raises:
-        ValueError: it does not answer.
+        ValueError: it does not answer, or cannot be asked as the recipe wants.
     """
-    if not (config.judge.model and is_needed(config)):
+    if not is_needed(config):
+        return
+    if not config.judge.model:
+        if checkpoint := config.judge.checkpoint or config.model:  # the cold start's plays in both modes
+            check_format(config.judge, chat_of(config, checkpoint))
         return
     try:
         asyncio.run(_endpoint(config.judge)("Reply with one word: yes", None, 0))

@@ -4,7 +4,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from judge_server import Act, judge_server
-from test_rollout_template_forms import chat_of
+from test_rollout_template_forms import TABLE, TEMPLATES, chat_of
 
 from trimtab.environments.base import Message
 from trimtab.environments.rubric import RubricEnv
@@ -155,6 +155,17 @@ def test_a_template_that_cannot_play_what_the_judge_is_asked_is_refused_with_the
     with pytest.raises(ValueError, match=message):
         services.check_format(Judge(thinking=thinking), chat_of(name))
     services.check_format(Judge(thinking=not thinking), chat_of(name))
+
+
+def test_a_judges_template_is_tried_before_the_run_and_only_where_one_judges(tmp_path):
+    TABLE.stand_in(TEMPLATES["smollm2"]).save_pretrained(tmp_path)
+    judge = Judge(checkpoint=str(tmp_path), thinking=True)
+    with pytest.raises(ValueError, match=r"set judge\.thinking to False"):
+        services.check(replace(JUDGED, judge=judge))
+    with pytest.raises(ValueError, match=r"set judge\.thinking to False"):
+        services.check(replace(JUDGED, model=str(tmp_path), judge=Judge(thinking=True)))
+    services.check(replace(PLAIN, judge=judge))
+    services.check(replace(JUDGED, judge=replace(judge, thinking=False)))
 
 
 @pytest.mark.parametrize("thinking", [False, True])
