@@ -181,8 +181,13 @@ def save(folder: RunFolder, trainer: Trainer, step: int) -> None:
 
     def write(path: Path) -> None:
         trainer.save(path)
+        folders = [path]
+        if trainer.config.lora.rank and trainer.config.lora.merge:
+            folders.append(path / "merged")
+            trainer.save_merged(folders[-1])
         for file in (*tokenizer.glob("*token*"), *tokenizer.glob("chat_template*")):
-            shutil.copy(file, path)
+            for place in folders:
+                shutil.copy(file, place)
 
     try:
         folder.save_checkpoint(step, write)

@@ -80,6 +80,10 @@ def schedule(step: int, config: Config) -> float:
     return rise * (1.0 - (1.0 - config.lr_end_share) * step / config.steps)
 
 
+class Diverged(RuntimeError):
+    """A gradient is not finite: the weights of this step would be lost."""
+
+
 class Trainer:
     """The policy, its frozen reference and the optimiser of a run."""
 
@@ -188,7 +192,7 @@ class Trainer:
                 record.mismatch_S += [log_ratio_S] if first else []
             norm = float(clip_gradients(self.learning, self.config.max_grad_norm))
         if not math.isfinite(norm):
-            raise RuntimeError(f"the gradient's norm is {norm} at step {step}; the last checkpoint is whole")
+            raise Diverged(f"the gradient's norm is {norm} at step {step}")
         shelf = self._shelves.get("optimizer")
         with self.clock.phase("optimiser"), shelf.taken_down() if shelf else nullcontext():
             self.optimizer.step()
@@ -203,7 +207,7 @@ class Trainer:
         Returns:
             log(pi / pi_old) [S].
         """
-        logp_S, entropy_S, indexer_kl_N = self._read(self.policy, packed, replay=True, learn=True)
+        logp_S, entropy_S, indexer_kl_N = self._read(self.policy, packed, routed=self.config.keep_routing, learn=True)
         loss = unchecked_grpo_loss(
             logp_S,
             packed.old_logp_S,
@@ -229,21 +233,24 @@ class Trainer:
         return logp_S.detach() - packed.old_logp_S
 
     def _read(
-        self, policy: Policy, packed: Packed, *, replay: bool = False, learn: bool = False
+        self, policy: Policy, packed: Packed, *, routed: bool = False, masked: bool | None = None, learn: bool = False
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Log-probabilities [S], entropies [S] where they cost nothing, and the indexer's KL [N] if it is to learn.
 
-        Without replay a policy routes for itself, as a reference does.
+        Args:
+            routed: use the engine's experts; else a policy routes for itself, as a reference does.
+            masked: normalise over the kept sets; None: as the configuration says.
         """
         out = policy(
             packed.ids_N,
             packed.cu_seqlens,
             lengths=packed.lengths,
-            routes_NLK=packed.routes_NLK if replay and self.config.keep_routing else None,
+            routes_NLK=packed.routes_NLK if routed else None,
             with_indexer_kl=learn and self._learns_indexer,
         )
         hidden_SD = out.hidden_ND.index_select(0, packed.predict_S)
-        logp_S, entropy_S = self._logp(policy, hidden_SD, packed)
+        masked = self.config.keep_sampling_mask if masked is None else masked
+        logp_S, entropy_S = self._logp(policy, hidden_SD, packed, masked)
         return logp_S, entropy_S, out.indexer_kl_N
 
     @property
@@ -251,25 +258,29 @@ class Trainer:
         learning = any(parameter.requires_grad for parameter in self.policy.indexer_parameters())
         return self.policy.sparse and self.config.indexer_kl > 0 and learning
 
-    def _logp(self, policy: Policy, hidden_SD: Tensor, packed: Packed) -> tuple[Tensor, Tensor | None]:
+    def _logp(self, policy: Policy, hidden_SD: Tensor, packed: Packed, masked: bool) -> tuple[Tensor, Tensor | None]:
         head_VD, temperature = policy.head_weight, self.config.sampling.temperature
         kept = (packed.token_S, packed.kept_id_E, packed.kept_offset_S, temperature)
         if hidden_SD.is_cuda:
             from trimtab.kernels.lm_head import full_logp_entropy, kept_logp_entropy
 
-            if self.config.keep_sampling_mask:
+            if masked:
                 return kept_logp_entropy(hidden_SD, head_VD, *kept)
             return full_logp_entropy(hidden_SD, head_VD, packed.token_S, temperature)
-        if self.config.keep_sampling_mask:
+        if masked:
             return reference.kept_logp(hidden_SD, head_VD, *kept), None
         return reference.full_logp(hidden_SD, head_VD, packed.token_S, temperature), None
 
     def score(self, segment: Segment) -> Tensor:
-        """Log-probabilities [S] of what was sampled in a segment under the weights as they are now, on the CPU."""
+        """Log-probabilities [S] of what was sampled in a segment under the weights as they are now, on the CPU.
+
+        Whatever the loss replays, they are those that an engine with these weights records: over the kept sets, with
+        the experts that it ran.
+        """
         lone = Trajectory(name=segment.name, domain="", segments=(segment,), advantage=0.0, settings=LossSettings())
         (packed,) = pack([lone], len(segment.token_ids))
         with self._awake(), without_gradient(self.policy):
-            return self._read(self.policy, packed.to(self.device), replay=True)[0].cpu()
+            return self._read(self.policy, packed.to(self.device), routed=True, masked=True)[0].cpu()
 
     def stream(self) -> Iterator[tuple[str, Tensor]]:
         """The weights that engines must have (shard.stream)."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from trimtab.grpo.batch import Trajectory
 from trimtab.grpo.config import Config
 from trimtab.grpo.policy.families import ARCHITECTURES
-from trimtab.grpo.policy.lora import adapt, adapters, load_adapter, resolve
+from trimtab.grpo.policy.lora import adapt, adapters, check_targets, load_adapter, resolve
 from trimtab.grpo.policy.policy import Policy, load_policy
 from trimtab.grpo.trainer import Trainer
 
@@ -76,6 +76,9 @@ def test_an_adapted_policy_starts_as_its_base_and_learns_in_its_adapters_alone(n
 def test_targets_that_cannot_be_adapted_are_refused_with_those_that_can(targets, message):
     with pytest.raises(ValueError, match=message):
         resolve(base("DeepseekV32ForCausalLM"), targets)
+    config = base("DeepseekV32ForCausalLM").config.to_dict() | {"architectures": ["DeepseekV32ForCausalLM"]}
+    with pytest.raises(ValueError, match=message):
+        check_targets(config, targets)
 
 
 def test_a_rank_below_1_is_refused():

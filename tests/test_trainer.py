@@ -167,6 +167,12 @@ def test_a_score_is_what_the_first_update_compares_with_the_sampler(precision):
     assert metrics["mismatch_log_ratio_max"] == pytest.approx(float(log_ratio_S.abs().max()), rel=tolerance)
 
 
+def test_a_score_is_what_an_engine_records_whatever_the_loss_replays():
+    replayed, not_replayed = start(CONFIG), start(replace(CONFIG, keep_sampling_mask=False, keep_routing=False))
+    for segment in (segment for t in BATCH[:3] for segment in t.segments):
+        assert torch.equal(not_replayed.score(segment), replayed.score(segment))
+
+
 def test_an_update_is_timed_by_phase():
     trainer = start(CONFIG)
     trainer.train_on(BATCH, step=0)

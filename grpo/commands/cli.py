@@ -9,6 +9,7 @@ import tyro
 from trimtab.grpo.config import Config
 from trimtab.grpo.curve import curve_for
 from trimtab.grpo.recipes import RECIPES, find_recipe
+from trimtab.grpo.run import RunFolder
 
 USAGE = f"""usage: trimtab COMMAND
 
@@ -57,7 +58,9 @@ def _train(target: str, options: list[str]) -> int:
         fresh = config.out or time.strftime(f"runs/{_name(target)}-%Y%m%d-%H%M%S")
         folder = Path(target if resume else fresh)
 
+        from trimtab.grpo.sync import WeightMismatch
         from trimtab.grpo.train import NothingPlayed, prepare
+        from trimtab.grpo.trainer import Diverged
         from trimtab.rollout.engine.pool import EngineError
 
         run = prepare(config, folder, resume=resume)
@@ -67,10 +70,17 @@ def _train(target: str, options: list[str]) -> int:
         return _fail(str(error))
     try:
         code = run.train()
-    except (OSError, NothingPlayed, EngineError) as error:
-        print(f"trimtab: {error}; checkpoints are whole, go on with: trimtab train {folder} --resume", file=sys.stderr)
+    except (OSError, NothingPlayed, EngineError, WeightMismatch, Diverged) as error:
+        print(f"trimtab: {error}; {_remedy(folder)}", file=sys.stderr)
         return 1
     return _check(folder) if checked and code == 0 else code
+
+
+def _remedy(folder: Path) -> str:
+    """What to do with a run that has stopped."""
+    if RunFolder(folder).checkpoints():
+        return f"checkpoints are whole, go on with: trimtab train {folder} --resume"
+    return "no checkpoint had been saved yet: start it anew"
 
 
 def _check(folder: Path) -> int:

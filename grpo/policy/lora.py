@@ -1,7 +1,8 @@
 """Low-rank adapters by peft on a policy: the base rests frozen, and what learns is small."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from trimtab.grpo.policy.families import architecture
 from trimtab.grpo.policy.policy import Policy
 
 ADAPTER = "default"
@@ -50,6 +52,20 @@ def adapt(policy: Policy, *, rank: int, alpha: float, targets: Sequence[str], se
         torch.manual_seed(seed)
         inject_adapter_in_model(config, policy.model)
     return policy
+
+
+def check_targets(config: Mapping[str, Any], targets: Sequence[str]) -> None:
+    """Find out from a config.json alone, on the meta device, whether `adapt` will take these targets.
+
+    Raises:
+        ValueError: it will not, or peft is not installed.
+    """
+    if find_spec("peft") is None:
+        raise ValueError("lora.rank asks for adapters, which need the package peft: pip install 'trimtab[lora]'")
+    model_class: Any = architecture(config["architectures"][0]).model
+    with torch.device("meta"):
+        model = model_class(model_class.config_class.from_dict(dict(config)))
+    resolve(Policy(model), targets)
 
 
 def resolve(policy: Policy, targets: Sequence[str]) -> list[str]:

@@ -15,6 +15,7 @@ from trimtab.grpo.config import Config, resolved
 from trimtab.grpo.cost.ledger import Plan, choose
 from trimtab.grpo.cost.shape import shape_of
 from trimtab.grpo.mixture import chat_of, load_tasks, stable_seed
+from trimtab.grpo.policy.lora import check_targets
 from trimtab.grpo.policy.policy import check_checkpoint
 from trimtab.grpo.setup.models import locate
 from trimtab.grpo.setup.resolve import resolve
@@ -34,6 +35,8 @@ def complete(config: Config) -> tuple[Config, Plan]:
     for checkpoint in filter(None, (config.model, judge.checkpoint)):
         check_checkpoint(Path(checkpoint))
     config = resolve(config, _model(config), gpu=torch.cuda.is_available())
+    if config.lora.rank:
+        check_targets(_model(config), config.lora.targets)
     tasks = load_tasks(config, **dict.fromkeys(services.SERVICES))
     if config.model:
         asyncio.run(check_openings(config, tasks, chat_of(config, config.model)))

@@ -265,17 +265,16 @@ class Pool:
 
     def versions(self) -> list[int]:
         """The version of the weights that each engine holds, as it says itself."""
-        return ray.get([actor.weight_version.remote() for actor in self._actors], timeout=START_LIMIT_S)
+        return self._ask("weight_version")
 
     def probe(self, request: Request) -> list[Completion]:
         """One continuation by each engine, to compare with the trainer's own log-probabilities."""
         one = replace(request, n=1)
-        answers = ray.get([actor.generate.remote(one) for actor in self._actors], timeout=START_LIMIT_S)
-        return [completion for (completion,) in answers]
+        return [completion for (completion,) in self._ask("generate", one)]
 
     def checksums(self) -> list[dict[str, float]]:
         """For each engine, the sum of its weights by tensor group; weights.checksums gives those of the trainer."""
-        return ray.get([actor.checksums.remote() for actor in self._actors], timeout=START_LIMIT_S)
+        return self._ask("checksums")
 
     def sleep(self) -> None:
         """Give the engines' GPU memory back once they are idle; requests that come wait.
@@ -283,12 +282,24 @@ class Pool:
         Does nothing where the engines were made to stay awake (EngineConfig.sleep).
         """
         if self._config.sleep:
-            ray.get([actor.sleep.remote() for actor in self._actors], timeout=START_LIMIT_S)
+            self._ask("sleep")
 
     def wake(self) -> None:
         """Take the GPU memory again, for weights and cache, and serve what has come meanwhile."""
         if self._config.sleep:
-            ray.get([actor.wake.remote() for actor in self._actors], timeout=START_LIMIT_S)
+            self._ask("wake")
+
+    def _ask(self, method: str, *arguments: Any) -> list[Any]:
+        """The answer of every engine to the same call.
+
+        Raises:
+            EngineError: one died, failed or hangs.
+        """
+        try:
+            asked = [getattr(actor, method).remote(*arguments) for actor in self._actors]
+            return ray.get(asked, timeout=START_LIMIT_S)
+        except (RayActorError, RayTaskError, GetTimeoutError) as error:
+            raise EngineError(f"an engine failed at {method}: {_cause(error)}") from error
 
     def close(self) -> None:
         """End every engine, and Ray where this pool started it; may be called again."""
