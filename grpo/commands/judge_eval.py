@@ -19,6 +19,7 @@ from rich.table import Table
 from trimtab.environments.tasks.alignment import labelled_notes
 from trimtab.grpo.config import Judge
 from trimtab.grpo.cost.shape import shape_of
+from trimtab.grpo.policy.policy import check_checkpoint
 from trimtab.grpo.services import check_format
 from trimtab.rewards.judging.agreement import accuracy, cohen_kappa, length_bias, position_flips
 from trimtab.rewards.judging.endpoint import Endpoint
@@ -274,6 +275,7 @@ def _complete(options: JudgeEval, stack: ExitStack) -> Complete:
             seconds=options.seconds,
             at_once=options.at_once,
         )
+    check_checkpoint(options.checkpoint)
     chat = load_format(options.checkpoint)
     check_format(Judge(thinking=options.thinking), chat)
     config = engine_config(options.checkpoint, chat)
