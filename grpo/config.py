@@ -228,6 +228,8 @@ class Lora:
     """The update is scaled by alpha / rank."""
     targets: tuple[str, ...] = ("all-linear",)
     """Names of the linear layers that get adapters, such as q_proj; all-linear: every one but the head."""
+    save_merged: bool = False
+    """Checkpoints hold the whole model too, the adapter merged into its weights, in their folder `merged`."""
 
     def __post_init__(self) -> None:
         if self.rank < 0:

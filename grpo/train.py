@@ -28,7 +28,7 @@ from trimtab.grpo.policy.policy import Policy, load_policy
 from trimtab.grpo.prepare import complete
 from trimtab.grpo.run import RunFolder, replace_text, step_of_checkpoint
 from trimtab.grpo.stages.cold_start import cold_start
-from trimtab.grpo.trainer import Trainer
+from trimtab.grpo.trainer import MERGED, Trainer
 
 HELD_OUT_SAMPLES = 4
 INTERRUPTED = 130  # the shell's code for Ctrl-C
@@ -182,7 +182,8 @@ def save(folder: RunFolder, trainer: Trainer, step: int) -> None:
     def write(path: Path) -> None:
         trainer.save(path)
         for file in (*tokenizer.glob("*token*"), *tokenizer.glob("chat_template*")):
-            shutil.copy(file, path)
+            for folder in filter(Path.is_dir, (path, path / MERGED)):
+                shutil.copy(file, folder)
 
     try:
         folder.save_checkpoint(step, write)

@@ -34,6 +34,7 @@ from trimtab.kernels import reference
 from trimtab.rollout.types import Segment
 
 OPTIMIZER_FILE = "optimizer.pt"
+MERGED = "merged"
 KL_ESTIMATORS: dict[str, KlEstimator] = {
     "unbiased": unbiased_kl,
     "k3": lambda logp_S, old_logp_S, ref_logp_S: k3(logp_S, ref_logp_S),
@@ -307,11 +308,14 @@ class Trainer:
             shelf.resume()
 
     def save(self, path: Path) -> None:
-        """Write the master weights as a transformers checkpoint, or the adapter alone, and the optimiser's state."""
+        """Write the master weights as a transformers checkpoint, or the adapter (with lora.save_merged, what it makes
+        of the base too), and the optimiser's state."""
         if adapters(self.policy):
             learnt = ((name, weight) for name, weight in self.policy.model.named_parameters() if weight.requires_grad)
             with self._awake():
                 save_adapter(self.policy, {name: whole(weight) for name, weight in learnt}, path)
+            if self.config.lora.save_merged:
+                self.save_merged(path / MERGED)
         else:
             self.save_merged(path)
         with self._shelves["optimizer"].taken_down() if "optimizer" in self._shelves else nullcontext():
