@@ -51,7 +51,7 @@ def _load_file(file: Path) -> ModuleType:
 
 
 def resolved(value: int | None) -> int:
-    """A setting that grpo/resolve.py has filled in."""
+    """A setting that grpo/setup/resolve.py has filled in."""
     assert value is not None, "a configuration plays and trains once it is resolved"
     return value
 
@@ -228,8 +228,8 @@ class Lora:
     """The update is scaled by alpha / rank."""
     targets: tuple[str, ...] = ("all-linear",)
     """Names of the linear layers that get adapters, such as q_proj; all-linear: every one but the head."""
-    save_merged: bool = False
-    """Checkpoints hold the whole model too, the adapter merged into its weights, in their folder `merged`."""
+    merge: bool = False
+    """Checkpoints also hold the whole model with the adapters in it, in a folder merged."""
 
     def __post_init__(self) -> None:
         if self.rank < 0:
@@ -252,8 +252,14 @@ class Judge:
     """Where the endpoint is, such as http://localhost:8000/v1; empty: OPENAI_BASE_URL, or OpenAI's own."""
     key_variable: str = "OPENAI_API_KEY"
     """Environment variable that holds the endpoint's key."""
+    thinking: bool = False
+    """A judge in an engine of ours reasons before its verdict, if its chat format can."""
+    verdict_tokens: int = 512
+    """Tokens of such a judge's yes or no to one criterion, reasoning included ..."""
     max_tokens: int = 1024
-    """Tokens of one reply with verdicts on a whole rubric, reasoning included."""
+    """... and of any judge's reply with verdicts on a whole rubric. An engine's has half of its window at most."""
+    attempts: int = 3
+    """How often a judge is asked for a reply that can be read; from the second time on it is sampled anew."""
     at_once: int = 32
     """Requests to the endpoint under way."""
 
@@ -262,7 +268,7 @@ class Judge:
             raise ValueError(f"a judge is a checkpoint or a model, got {self.checkpoint!r} and {self.model!r}")
         if self.base_url and not self.model:
             raise ValueError(f"the endpoint {self.base_url} needs the name of its model: judge.model")
-        for name in ("max_tokens", "at_once"):
+        for name in ("verdict_tokens", "max_tokens", "attempts", "at_once"):
             if getattr(self, name) < 1:
                 raise ValueError(f"judge.{name} must be at least 1, got {getattr(self, name)}")
 

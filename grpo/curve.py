@@ -26,7 +26,7 @@ TOLERATED = 0.05
 _PLACEMENT = ("actors", "gpus_per_actor", "kv_cache_mib", "max_num_seqs", "graphs", "sleep")
 FREE = (
     *("out", "seed", "trackers", "save_every", "precision", "offload", "tokens_per_microbatch"),
-    *("checkpoint_activations", *(f"rollout.{name}" for name in _PLACEMENT)),
+    *("checkpoint_activations", "lora.merge", *(f"rollout.{name}" for name in _PLACEMENT)),
 )
 """Settings that place a run or pick its draws, but do not change what it learns."""
 

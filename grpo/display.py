@@ -9,9 +9,9 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from trimtab.grpo.advice import advice
-from trimtab.grpo.clock import PHASES
 from trimtab.grpo.config import Config
+from trimtab.grpo.cost.advice import advice
+from trimtab.grpo.cost.clock import PHASES
 from trimtab.grpo.intervals import paired_by_prompt
 
 COLUMNS: tuple[tuple[str, str, str], ...] = (  # header, metric, format

@@ -6,8 +6,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from trimtab.grpo import services, sync
-from trimtab.grpo.clock import Clock
 from trimtab.grpo.config import Config, resolved
+from trimtab.grpo.cost.clock import Clock
 from trimtab.grpo.mixture import Draw, PlayedBatch, chat_of, load_tasks, play_draws
 from trimtab.grpo.trainer import Trainer
 from trimtab.rollout.engine.engine import EngineConfig

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from trimtab.grpo.config import Config, Domain, LossSettings, Rollout, load
+from trimtab.grpo.config import Config, Domain, Judge, LossSettings, Rollout, load
 from trimtab.rollout.types import Sampling
 
 
@@ -13,6 +13,7 @@ def quickstart() -> Config:
         lr=3e-4,
         rollout=Rollout(actors=2, max_len=512, kv_cache_mib=256, max_num_seqs=128),
         sampling=Sampling(max_tokens=128),
+        judge=Judge(thinking=True, verdict_tokens=32, attempts=1),  # as its cold start taught it to judge
         domains={
             "reasoning": Domain(
                 task="trimtab.environments.tasks.reasoning:ReasoningTask",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.grpo.config import Config, Judge
+from trimtab.grpo.mixture import chat_of
 from trimtab.rewards.judging.endpoint import Endpoint
 from trimtab.rewards.judging.model import JudgeModel, VerdictCache, yes_no
 from trimtab.rewards.judging.verdicts import grade
@@ -16,7 +17,8 @@ from trimtab.rollout.engine.engine import EngineConfig
 from trimtab.rollout.engine.pool import Pool
 from trimtab.rollout.formats.chat import Chat
 from trimtab.rollout.formats.template import TemplateChat
-from trimtab.rollout.judge import VERDICT_TOKENS, EngineModel
+from trimtab.rollout.judge import EngineModel
+from trimtab.rollout.play import Generate
 
 SERVICES = frozenset({"judge", "grade"})
 
@@ -45,12 +47,16 @@ def is_needed(config: Config) -> bool:
 
 
 def check(config: Config) -> None:
-    """Ask the endpoint that would judge for one word.
+    """Ask the endpoint that would judge for one word, or try the chat format of the checkpoint that would.
 
     Raises:
-        ValueError: it does not answer.
+        ValueError: it does not answer, or cannot be asked as the recipe wants.
     """
-    if not (config.judge.model and is_needed(config)):
+    if not is_needed(config):
+        return
+    if not config.judge.model:
+        if checkpoint := config.judge.checkpoint or config.model:  # the cold start's plays in both modes
+            check_format(config.judge, chat_of(config, checkpoint))
         return
     try:
         asyncio.run(_endpoint(config.judge)("Reply with one word: yes", None, 0))
@@ -61,12 +67,37 @@ def check(config: Config) -> None:
         raise ValueError(f"the judge {config.judge.model!r} at {where} does not answer: {error!r}") from error
 
 
+def check_format(judge: Judge, chat: Chat | TemplateChat) -> None:
+    """Try the chat format of a judge in an engine of ours in the mode that it is asked in.
+
+    Raises:
+        ValueError: it does not play in this mode; says whether the other one would do.
+    """
+    if not isinstance(chat, TemplateChat):
+        return  # DeepSeek-V3.2's plays in both
+    try:
+        chat.verify(thinking=judge.thinking)
+    except ValueError as error:
+        other = not judge.thinking
+        remedy = f"set judge.thinking to {other}" if _plays(chat, thinking=other) else "take another judge"
+        mode = "with" if judge.thinking else "without"
+        raise ValueError(f"the judge's chat template cannot be played {mode} thinking: {remedy} ({error})") from error
+
+
+def _plays(chat: TemplateChat, *, thinking: bool) -> bool:
+    try:
+        chat.verify(thinking=thinking)
+        return True
+    except ValueError:
+        return False
+
+
 @contextmanager
 def endpoint(config: Config, folder: Path) -> Iterator[Judging]:
     """The judge behind an endpoint; its verdicts are kept in the run's folder, so a resumed run does not pay again."""
     cache = VerdictCache(folder / "verdicts.sqlite")
     try:
-        model = JudgeModel(_endpoint(config.judge), cache=cache)
+        model = JudgeModel(_endpoint(config.judge), attempts=config.judge.attempts, cache=cache)
         yield Judging(model, model)
     finally:
         cache.close()
@@ -82,16 +113,24 @@ def _endpoint(judge: Judge) -> Endpoint:
     )
 
 
+def judging(judge: Judge, generate: Generate, chat: Chat | TemplateChat, *, model: str, window: int) -> Judging:
+    """The services of a model in an engine of ours, whose replies leave half of its window to the question."""
+    short, long = (
+        JudgeModel(
+            EngineModel(generate, chat, identity=model, max_tokens=min(tokens, window // 2), thinking=judge.thinking),
+            attempts=judge.attempts,
+        )
+        for tokens in (judge.verdict_tokens, judge.max_tokens)
+    )
+    return Judging(short, long)
+
+
 @contextmanager
 def engine(config: Config, settings: EngineConfig, chat: Chat | TemplateChat, gpu_share: float) -> Iterator[Judging]:
-    """A frozen checkpoint in an engine of its own. Yes or no is asked for once: asked again, it says the same."""
+    """A frozen checkpoint in an engine of its own."""
     pool = Pool(settings, 1, gpu_share)
     try:
         pool.wait_until_ready()
-        short, long = (
-            EngineModel(pool.generate, chat, identity=settings.model, max_tokens=tokens)
-            for tokens in (VERDICT_TOKENS, min(config.judge.max_tokens, settings.max_model_len // 2))
-        )
-        yield Judging(JudgeModel(short, attempts=1), JudgeModel(long))
+        yield judging(config.judge, pool.generate, chat, model=settings.model, window=settings.max_model_len)
     finally:
         pool.close()

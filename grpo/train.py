@@ -16,19 +16,19 @@ from accelerate import Accelerator
 from rich.console import Console
 
 from trimtab.grpo.batch import trajectories
-from trimtab.grpo.clock import Clock
 from trimtab.grpo.config import Config
+from trimtab.grpo.cost.clock import Clock
+from trimtab.grpo.cost.ledger import Plan
+from trimtab.grpo.cost.meter import Meter
 from trimtab.grpo.display import LiveTable, held_out_table
-from trimtab.grpo.ledger import Plan
-from trimtab.grpo.meter import Meter
 from trimtab.grpo.mixture import PlayedBatch, draw_held_out, draw_step, part_means, prompt_scores, scores
 from trimtab.grpo.players import Players
 from trimtab.grpo.policy.lora import adapt, load_adapter
 from trimtab.grpo.policy.policy import Policy, load_policy
-from trimtab.grpo.prepare import complete
 from trimtab.grpo.run import RunFolder, replace_text, step_of_checkpoint
+from trimtab.grpo.setup.prepare import complete
 from trimtab.grpo.stages.cold_start import cold_start
-from trimtab.grpo.trainer import MERGED, Trainer
+from trimtab.grpo.trainer import Trainer
 
 HELD_OUT_SAMPLES = 4
 INTERRUPTED = 130  # the shell's code for Ctrl-C
@@ -181,9 +181,13 @@ def save(folder: RunFolder, trainer: Trainer, step: int) -> None:
 
     def write(path: Path) -> None:
         trainer.save(path)
+        folders = [path]
+        if trainer.config.lora.rank and trainer.config.lora.merge:
+            folders.append(path / "merged")
+            trainer.save_merged(folders[-1])
         for file in (*tokenizer.glob("*token*"), *tokenizer.glob("chat_template*")):
-            for folder in filter(Path.is_dir, (path, path / MERGED)):
-                shutil.copy(file, folder)
+            for place in folders:
+                shutil.copy(file, place)
 
     try:
         folder.save_checkpoint(step, write)

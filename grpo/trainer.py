@@ -12,13 +12,13 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from trimtab.grpo.batch import Packed, Trajectory, minibatches, pack
-from trimtab.grpo.clock import Clock
 from trimtab.grpo.config import Config, LossSettings
+from trimtab.grpo.cost.clock import Clock
 from trimtab.grpo.estimators import GrpoLoss, KlEstimator, k3, mismatch_kl, unbiased_kl, unchecked_grpo_loss
-from trimtab.grpo.offload import Shelf
 from trimtab.grpo.policy.lora import adapters, save_adapter, without_adapters
+from trimtab.grpo.policy.offload import Shelf
 from trimtab.grpo.policy.policy import Policy
-from trimtab.grpo.shard import (
+from trimtab.grpo.policy.shard import (
     clip_gradients,
     compute_dtype,
     load_optimizer_state,
@@ -34,7 +34,6 @@ from trimtab.kernels import reference
 from trimtab.rollout.types import Segment
 
 OPTIMIZER_FILE = "optimizer.pt"
-MERGED = "merged"
 KL_ESTIMATORS: dict[str, KlEstimator] = {
     "unbiased": unbiased_kl,
     "k3": lambda logp_S, old_logp_S, ref_logp_S: k3(logp_S, ref_logp_S),
@@ -308,14 +307,11 @@ class Trainer:
             shelf.resume()
 
     def save(self, path: Path) -> None:
-        """Write the master weights as a transformers checkpoint, or the adapter (with lora.save_merged, what it makes
-        of the base too), and the optimiser's state."""
+        """Write the master weights as a transformers checkpoint, or the adapter alone, and the optimiser's state."""
         if adapters(self.policy):
             learnt = ((name, weight) for name, weight in self.policy.model.named_parameters() if weight.requires_grad)
             with self._awake():
                 save_adapter(self.policy, {name: whole(weight) for name, weight in learnt}, path)
-            if self.config.lora.save_merged:
-                self.save_merged(path / MERGED)
         else:
             self.save_merged(path)
         with self._shelves["optimizer"].taken_down() if "optimizer" in self._shelves else nullcontext():

@@ -41,7 +41,7 @@ def _rotate_kernel(
         second = (second * scale * tl.load(weight + R, mask=r < R, other=0.0).to(tl.float32)).to(dtype).to(tl.float32)
     cos = tl.load(cos_ptr + n * R + r, mask=live, other=0.0).to(tl.float32)
     sin = tl.load(sin_ptr + n * R + r, mask=live, other=0.0).to(tl.float32) * sign
-    # each product rounded, as torch and vLLM do in half precision
+    # each product rounded, as torch and vLLM do in half precision, as far as the compiler does not fuse them
     a = (first * cos).to(dtype).to(tl.float32) - (second * sin).to(dtype).to(tl.float32)
     b = (second * cos).to(dtype).to(tl.float32) + (first * sin).to(dtype).to(tl.float32)
     tl.store(out, a.to(dtype), mask=live)

@@ -12,20 +12,22 @@ from trimtab.rollout.formats.template import TemplateChat
 from trimtab.rollout.play import Generate
 from trimtab.rollout.types import Request, Sampling
 
-VERDICT_TOKENS = 32
-"""Of a yes or no and the thinking before it."""
 RETRY_TOP_K = 20
 """A malformed reply is sampled anew from so many ids: the greedy one would come back the same."""
 
 
 class EngineModel:
-    """A frozen policy that judges. It thinks first and answers greedily, and samples when it is asked again.
+    """A frozen policy that judges. It answers greedily, and samples when it is asked again.
 
-    Nothing holds it to a schema: a reply of another form counts as malformed. Usable as judge_model.Complete.
+    Nothing holds it to a schema: a reply of another form counts as malformed. Usable as judging.model.Complete.
+
+    Args:
+        max_tokens: of a reply, reasoning included.
+        thinking: it reasons before it answers.
     """
 
     def __init__(
-        self, generate: Generate, chat: Chat | TemplateChat, *, identity: str, max_tokens: int, thinking: bool = True
+        self, generate: Generate, chat: Chat | TemplateChat, *, identity: str, max_tokens: int, thinking: bool
     ) -> None:
         self.identity = f"{identity} max_tokens={max_tokens} thinking={thinking}"
         self._generate, self._chat, self._thinking = generate, chat, thinking

@@ -3,6 +3,7 @@ import subprocess
 import sys
 
 import pytest
+from tiny import tiny_model
 
 TRIMTAB = [sys.executable, "-c", "import sys; from trimtab.grpo.commands.cli import main; sys.exit(main())"]
 
@@ -31,18 +32,15 @@ def test_help_lists_typed_options():
         (["--steps", "many"], "--steps"),
         (["--model", "nowhere"], "no checkpoint at nowhere"),
         (["--model", "odd"], "architecture OddForCausalLM is not supported"),
-        (["--model", "short"], "has max_position_embeddings = 64; lower the window"),
+        (["--model", "short"], "the model has 64 positions; lower it"),
         (["--model", "mute"], "mute holds no tokenizer"),
     ],
 )
 def test_a_mistake_ends_in_a_sentence_and_code_2(words, message, tmp_path):
     (tmp_path / "odd").mkdir()
     (tmp_path / "odd" / "config.json").write_text('{"architectures": ["OddForCausalLM"]}')
-    (tmp_path / "short").mkdir()
-    short = {"architectures": ["LlamaForCausalLM"], "max_position_embeddings": 64}
-    (tmp_path / "short" / "config.json").write_text(json.dumps(short))
-    (tmp_path / "mute").mkdir()
-    (tmp_path / "mute" / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"]}))
+    tiny_model("LlamaForCausalLM", max_position_embeddings=64).save_pretrained(tmp_path / "short")
+    tiny_model("LlamaForCausalLM").save_pretrained(tmp_path / "mute")
     done = trimtab("train", "quickstart", *words, cwd=tmp_path)
     assert done.returncode == 2
     assert message in done.stderr and "Traceback" not in done.stderr

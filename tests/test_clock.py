@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from trimtab.grpo.clock import Clock
+from trimtab.grpo.cost.clock import Clock
 
 
 class Hands:

@@ -85,7 +85,7 @@ def test_a_curve_survives_being_saved_and_applies_whatever_the_seed_the_folder_a
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (replace(CONFIG, lr=1e-6), "does not apply to this run: lr is 1e-06 and not 1e-05"),
+        (replace(CONFIG, lr=1e-6), "does not apply to this run: lr is 1e-06 and not 2e-05"),
         (replace(CONFIG, steps=2), "steps is 2 and not 20"),
         (quickstart(), "no expected curve for a run over reasoning, agent, alignment: there are curves for smollm2"),
     ],

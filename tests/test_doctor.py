@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from trimtab.grpo.commands import doctor
 from trimtab.grpo.commands.doctor import Check
-from trimtab.grpo.ledger import GIB
+from trimtab.grpo.cost.ledger import GIB
 
 
 def test_sparse_attention_runs_in_triton_on_a_gpu_and_in_pytorch_elsewhere(monkeypatch):

@@ -10,7 +10,7 @@ import pytest
 from trimtab.grpo.config import Config
 from trimtab.grpo.mixture import load_tasks
 from trimtab.grpo.recipes import find_recipe
-from trimtab.grpo.resolve import resolve
+from trimtab.grpo.setup.resolve import resolve
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"), key=lambda path: path.name)

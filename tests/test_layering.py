@@ -28,6 +28,8 @@ DOORS = {  # the only places through which a heavy dependency enters; a folder e
 ROOMS = {  # rooms within a package that must not know each other's upper neighbours
     "grpo/policy": {"grpo/commands", "grpo/stages", "rollout"},
     "grpo/stages": {"grpo/commands"},
+    "grpo/cost": {"grpo/commands", "grpo/setup", "grpo/stages", "grpo/policy"},
+    "grpo/setup": {"grpo/commands"},
     "rollout/engine": {"rollout/formats", "environments"},
     "rollout/formats": {"rollout/engine"},
     "environments/tools": {"environments/adapters", "environments/tasks"},

@@ -11,7 +11,7 @@ from rich.console import Console
 from test_shape import MODELS
 
 from trimtab.grpo.config import Config, Domain, Lora, LossSettings, Rollout
-from trimtab.grpo.ledger import (
+from trimtab.grpo.cost.ledger import (
     BUSY,
     GIB,
     MIB,
@@ -22,8 +22,8 @@ from trimtab.grpo.ledger import (
     count,
     saved,
 )
+from trimtab.grpo.cost.shape import Shape, shape_of
 from trimtab.grpo.policy.policy import Policy
-from trimtab.grpo.shape import Shape, shape_of
 
 H100 = int(79.1 * GIB)
 

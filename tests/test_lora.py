@@ -132,7 +132,7 @@ def test_the_reference_of_adapters_is_their_base_without_a_copy_of_it():
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_checkpoint_holds_the_adapter_which_peft_loads_on_the_base(precision, tmp_path):
-    trainer = start(replace(CONFIG, precision=precision, lora=replace(CONFIG.lora, save_merged=True)))
+    trainer = start(replace(CONFIG, precision=precision))
     trainer.train_on(DENSE, step=0)
     trainer.save(tmp_path)
     assert not (tmp_path / "model.safetensors").exists()
@@ -140,6 +140,7 @@ def test_a_checkpoint_holds_the_adapter_which_peft_loads_on_the_base(precision, 
         load_policy(tmp_path)
     ids = torch.randint(0, 384, (1, 30), generator=torch.Generator().manual_seed(2))
     model = PeftModel.from_pretrained(tiny_model("Qwen2ForCausalLM", initializer_range=0.1), tmp_path)
+    trainer.save_merged(tmp_path / "merged")
     whole = load_policy(tmp_path / "merged").model
     with torch.no_grad():
         theirs = model(ids).logits.log_softmax(-1)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from trimtab.grpo import models
-from trimtab.grpo.models import locate
+from trimtab.grpo.setup import models
+from trimtab.grpo.setup.models import locate
 
 gguf = pytest.importorskip("gguf")
 
@@ -217,7 +217,7 @@ def test_a_package_is_looked_into_without_importing_it(tmp_path, monkeypatch):
 
 
 def test_a_hub_that_is_not_there_gives_the_line_to_download_with():
-    code = "from trimtab.grpo.models import locate; locate('owner/name')"
+    code = "from trimtab.grpo.setup.models import locate; locate('owner/name')"
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": "nothing"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120)
     assert 'hf download owner/name --include "*.safetensors" "*.json"' in done.stderr.splitlines()[-1]

@@ -20,7 +20,7 @@ def trimtab(*words: str, cwd, timeout: float = 120) -> subprocess.CompletedProce
 
 def test_the_recipe_leaves_nothing_to_the_model_that_decides_its_speed():
     config = smollm2()
-    assert (config.lr, config.rollout.max_len, config.sampling.max_tokens) == (1e-5, 256, 64)
+    assert (config.lr, config.rollout.max_len, config.sampling.max_tokens) == (2e-5, 256, 64)
     assert config.precision is None and config.rollout.graphs is None  # bf16 and graphs where there is a GPU
 
 

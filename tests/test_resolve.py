@@ -4,7 +4,7 @@ import pytest
 
 from trimtab.grpo.config import Config, Domain, Rollout
 from trimtab.grpo.recipes import quickstart
-from trimtab.grpo.resolve import LONGEST_WINDOW, resolve
+from trimtab.grpo.setup.resolve import LONGEST_WINDOW, resolve
 from trimtab.rollout.types import Sampling
 
 OPEN = Config(domains={"a": Domain(task="x:y")})

@@ -25,7 +25,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from trimtab.grpo.shape import shape_of
+from trimtab.grpo.cost.shape import shape_of
 
 BASE = {"vocab_size": 384, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3}
 GROUPED = BASE | {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 24}

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from trimtab.grpo.policy.families import ARCHITECTURES
 from trimtab.grpo.policy.policy import Policy
-from trimtab.grpo.shard import (
+from trimtab.grpo.policy.shard import (
     clip_gradients,
     compute_dtype,
     fully_sharded,
@@ -171,7 +171,7 @@ TWO = """
 import sys; sys.path.insert(0, "tests")
 import torch, torch.distributed as dist
 from test_shard import CPU, logp, masters, optimizer_state, shard, step, tied
-from trimtab.grpo.shard import stream
+from trimtab.grpo.policy.shard import stream
 policy = shard(tied("DeepseekV32ForCausalLM"), dtype=getattr(torch, sys.argv[1]), device=CPU)
 optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3)
 norm = step(policy, optimizer)

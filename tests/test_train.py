@@ -1,6 +1,7 @@
 """The main loop on real engines: a short cold start, a few steps, then a kill and a resume."""
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from trimtab.grpo.run import RunFolder
 from trimtab.grpo.train import prepare
 
 STEPS = 3
+PAGE = Path(__file__).parent.parent / "docs" / "metrics.md"
 TRIMTAB = [sys.executable, "-c", "import sys; from trimtab.grpo.commands.cli import main; sys.exit(main())"]
 
 
@@ -34,6 +36,13 @@ def short() -> Config:
         save_every=1,
         held_out=3,
     )
+
+
+def documented() -> re.Pattern[str]:
+    """The names in the first column of the tables of the page on metrics."""
+    cells = " ".join(re.findall(r"^\| (`.*?) \|", PAGE.read_text(), re.MULTILINE))
+    names = "|".join(map(re.escape, re.findall(r"`(.+?)`", cells)))
+    return re.compile(names.replace("DOMAIN", f"(?:{'|'.join(short().domains)})").replace("PART", r"\w+"))
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +63,7 @@ def test_a_run_records_every_step_and_ends_with_scores(finished):
         assert row["route_coverage"] == 1.0 and row["refused"] == 0
         assert row["mismatch_kl"] < 1e-8, "on unchanged weights the ratio is 1"
         assert {"reward/reasoning", "reward/agent", "reward/alignment"} <= row.keys()
+        assert [key for key in row if not documented().fullmatch(key)] == []
     held_out = json.loads((finished.path / "held_out.json").read_text())
     assert held_out["before"]["score"].keys() == held_out["after"]["score"].keys() == short().domains.keys()
     assert "alignment/judge_agreement" in held_out["after"]["parts"]

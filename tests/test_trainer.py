@@ -13,8 +13,8 @@ from accelerate import Accelerator
 from tiny import tiny_deepseek
 
 from trimtab.grpo.batch import Trajectory
-from trimtab.grpo.clock import Clock
 from trimtab.grpo.config import Config, Domain, LossSettings
+from trimtab.grpo.cost.clock import Clock
 from trimtab.grpo.policy.policy import Policy, load_policy
 from trimtab.grpo.recipes import quickstart
 from trimtab.grpo.trainer import Trainer, schedule

@@ -15,9 +15,9 @@ from rich.console import Console
 from rich.table import Table
 
 from trimtab.grpo.config import Config, Domain, Rollout
-from trimtab.grpo.flops import PEAK_TFLOPS
-from trimtab.grpo.ledger import GIB, least
-from trimtab.grpo.shape import shape_of
+from trimtab.grpo.cost.flops import PEAK_TFLOPS
+from trimtab.grpo.cost.ledger import GIB, least
+from trimtab.grpo.cost.shape import shape_of
 
 BREAKS_IMPORT = ("torchvision", "torchaudio", "torchcodec")
 

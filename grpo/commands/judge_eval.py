@@ -17,6 +17,8 @@ from rich.console import Console
 from rich.table import Table
 
 from trimtab.environments.tasks.alignment import labelled_notes
+from trimtab.grpo.config import Judge
+from trimtab.grpo.services import check_format
 from trimtab.rewards.judging.agreement import accuracy, cohen_kappa, length_bias, position_flips
 from trimtab.rewards.judging.endpoint import Endpoint
 from trimtab.rewards.judging.model import Complete, JudgeModel, Usage, VerdictCache, yes_no
@@ -47,6 +49,8 @@ class JudgeEval:
     """Environment variable that holds its key."""
     checkpoint: str = ""
     """A checkpoint folder to judge with an engine of our own."""
+    thinking: bool = False
+    """The checkpoint reasons before its verdict."""
     form: Literal["json", "yes-no"] = "json"
     """One question an answer with verdicts as JSON, or one question a criterion, as the quickstart's judge is asked."""
     cache: str = ""
@@ -54,7 +58,9 @@ class JudgeEval:
     temperature: float | None = 0.0
     """At the endpoint; None leaves it to the endpoint."""
     max_tokens: int = 2048
-    """Of a reply."""
+    """Of a reply, reasoning included."""
+    attempts: int = 3
+    """How often the judge is asked for a reply that can be read."""
     seconds: float = 60.0
     """Time limit of a request to the endpoint."""
     at_once: int = 32
@@ -201,7 +207,7 @@ def judge_eval(options: JudgeEval) -> int:
     answers = read_labelled(options.file)
     with ExitStack() as stack:
         cache = VerdictCache(options.cache) if options.cache else None
-        model = JudgeModel(_complete(options, stack), cache=cache)
+        model = JudgeModel(_complete(options, stack), attempts=options.attempts, cache=cache)
         if options.form == "json":
             report = asyncio.run(evaluate(answers, partial(grade, model=model), _preference(model)))
         else:
@@ -265,13 +271,15 @@ def _complete(options: JudgeEval, stack: ExitStack) -> Complete:
             at_once=options.at_once,
         )
     length = min(read_config(options.checkpoint).get("max_position_embeddings", LONGEST_CONTEXT), LONGEST_CONTEXT)
-    config = EngineConfig(model=options.checkpoint, max_model_len=length)
     chat = load_format(options.checkpoint)
+    check_format(Judge(thinking=options.thinking), chat)
+    config = EngineConfig(model=options.checkpoint, max_model_len=length, stop_ids=tuple(chat.stop_ids))
     pool = Pool(config, 1)
     stack.callback(pool.close)
     pool.wait_until_ready()
     tokens = min(options.max_tokens, length // 2)
-    return EngineModel(pool.generate, chat, identity=str(Path(options.checkpoint).resolve()), max_tokens=tokens)
+    identity = str(Path(options.checkpoint).resolve())
+    return EngineModel(pool.generate, chat, identity=identity, max_tokens=tokens, thinking=options.thinking)
 
 
 def _preference(model: JudgeModel) -> Callable[[str, str, str], Awaitable[Preference]]:

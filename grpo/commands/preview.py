@@ -9,7 +9,7 @@ from typing import Any
 from trimtab.environments.base import Message
 from trimtab.grpo.config import Config
 from trimtab.grpo.mixture import draw_step, load_tasks, play_draws
-from trimtab.grpo.resolve import with_lengths
+from trimtab.grpo.setup.resolve import with_lengths
 from trimtab.rollout.scripted import Say, Scripted, byte_chat
 from trimtab.rollout.types import Episode, Group
 

@@ -12,13 +12,13 @@ import torch
 from trimtab.environments.base import Task, VoidEpisode
 from trimtab.grpo import services
 from trimtab.grpo.config import Config, resolved
-from trimtab.grpo.ledger import Plan, choose
+from trimtab.grpo.cost.ledger import Plan, choose
+from trimtab.grpo.cost.shape import shape_of
 from trimtab.grpo.mixture import chat_of, load_tasks, stable_seed
-from trimtab.grpo.models import locate
 from trimtab.grpo.policy.lora import check_targets
 from trimtab.grpo.policy.policy import check_checkpoint
-from trimtab.grpo.resolve import resolve
-from trimtab.grpo.shape import shape_of
+from trimtab.grpo.setup.models import locate
+from trimtab.grpo.setup.resolve import resolve
 from trimtab.grpo.stages.cold_start import quickstart_policy
 from trimtab.rollout.checkpoint import read_config
 from trimtab.rollout.context import Context, Format

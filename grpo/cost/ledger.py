@@ -12,7 +12,7 @@ from typing import Any, Literal
 from rich.table import Table
 
 from trimtab.grpo.config import Config, resolved
-from trimtab.grpo.shape import Layer, Shape
+from trimtab.grpo.cost.shape import Layer, Shape
 
 GIB = 2**30
 MIB = 2**20

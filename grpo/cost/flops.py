@@ -9,7 +9,7 @@ MFU, as the field counts [PaLM, appendix B].
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from trimtab.grpo.shape import Layer, Shape
+from trimtab.grpo.cost.shape import Layer, Shape
 
 PEAK_TFLOPS = {
     "NVIDIA A100-SXM4-40GB": 312.0,

@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 
-from trimtab.grpo import clock
 from trimtab.grpo.batch import Trajectory
-from trimtab.grpo.clock import Clock
 from trimtab.grpo.config import Config
-from trimtab.grpo.flops import Work, mfu, training
-from trimtab.grpo.shape import shape_of
+from trimtab.grpo.cost import clock
+from trimtab.grpo.cost.clock import Clock
+from trimtab.grpo.cost.flops import Work, mfu, training
+from trimtab.grpo.cost.shape import shape_of
 from trimtab.rollout.checkpoint import read_config
 
 UPDATE = ("packing", "reference", "forward and backward", "optimiser")

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, UntypedStorage
 
-from trimtab.grpo.shard import local
+from trimtab.grpo.policy.shard import local
 
 
 class Shelf:
