@@ -138,11 +138,12 @@ def test_a_checkpoint_holds_the_adapter_which_peft_loads_on_the_base(precision, 
     trainer.train_on(DENSE, step=0)
     trainer.save(tmp_path)
     assert not (tmp_path / "model.safetensors").exists()
+    with pytest.raises(ValueError, match="an adapter alone"):
+        load_policy(tmp_path)
     ids = torch.randint(0, 384, (1, 30), generator=torch.Generator().manual_seed(2))
     model = PeftModel.from_pretrained(tiny_model("Qwen2ForCausalLM", initializer_range=0.1), tmp_path)
-    merged = tmp_path / "merged"
-    trainer.save_merged(merged)
-    whole = load_policy(merged).model
+    trainer.save_merged(tmp_path / "merged")
+    whole = load_policy(tmp_path / "merged").model
     with torch.no_grad():
         theirs = model(ids).logits.log_softmax(-1)
         hidden_ND = Policy(whole)(ids[0], torch.tensor([0, 30])).hidden_ND
