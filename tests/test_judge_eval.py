@@ -4,10 +4,12 @@ from pathlib import Path
 
 import pytest
 from judge_server import Act, judge_server
+from tiny import save_tiny
 
 from trimtab.grpo.commands.cli import main
-from trimtab.grpo.commands.judge_eval import Generate, evaluate, read_labelled, write_labelled
+from trimtab.grpo.commands.judge_eval import Generate, engine_config, evaluate, read_labelled, write_labelled
 from trimtab.rewards.judging.rubric import JudgeError, Rubric, RubricScore
+from trimtab.rollout.formats.template import load_format
 
 GOOD = {"prompt": "Write.", "answer": "A boat.", "criteria": [{"text": "mention the boat", "label": True}]}
 YES = json.dumps({"c1": {"rationale": "boat", "satisfied": True}})
@@ -62,6 +64,15 @@ def test_a_mistake_ends_in_a_sentence_and_code_2(words, message, tmp_path, capsy
     names = {"file": write(tmp_path / "labelled.jsonl", json.dumps(GOOD)), "empty": write(tmp_path / "empty.jsonl")}
     assert main(["judge-eval", *(word.format(**names) for word in words)]) == 2
     assert message in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_the_engine_of_a_checkpoint_has_its_stops_and_a_cache_of_its_models_size(tmp_path):
+    """A token's keys and values: 3 layers of 2 * 2 * 32 in fp32; four contexts of 512."""
+    save_tiny(tmp_path, "LlamaForCausalLM")
+    chat = load_format(tmp_path)
+    config = engine_config(str(tmp_path), chat)
+    assert (config.max_model_len, config.kv_cache_bytes) == (512, 4 * 512 * 3 * 2 * 2 * 32 * 4)
+    assert config.stop_ids == tuple(chat.stop_ids) != ()
 
 
 def test_generated_answers_are_labelled_by_the_checks_of_the_domain(tmp_path):

@@ -18,6 +18,8 @@ from rich.table import Table
 
 from trimtab.environments.tasks.alignment import labelled_notes
 from trimtab.grpo.config import Judge
+from trimtab.grpo.cost.shape import shape_of
+from trimtab.grpo.policy.policy import check_checkpoint
 from trimtab.grpo.services import check_format
 from trimtab.rewards.judging.agreement import accuracy, cohen_kappa, length_bias, position_flips
 from trimtab.rewards.judging.endpoint import Endpoint
@@ -27,11 +29,14 @@ from trimtab.rewards.judging.verdicts import Preference, grade, prefer
 from trimtab.rollout.checkpoint import read_config
 from trimtab.rollout.engine.engine import EngineConfig
 from trimtab.rollout.engine.pool import Pool
-from trimtab.rollout.formats.template import load_format
+from trimtab.rollout.formats.chat import Chat
+from trimtab.rollout.formats.template import TemplateChat, load_format
 from trimtab.rollout.judge import EngineModel
 
 ANSWERS_A_PROMPT = 2
 LONGEST_CONTEXT = 8192
+CACHED_CONTEXTS = 4
+"""Of the longest kind, which an engine's cache holds; questions are much shorter."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -270,16 +275,24 @@ def _complete(options: JudgeEval, stack: ExitStack) -> Complete:
             seconds=options.seconds,
             at_once=options.at_once,
         )
-    length = min(read_config(options.checkpoint).get("max_position_embeddings", LONGEST_CONTEXT), LONGEST_CONTEXT)
+    check_checkpoint(options.checkpoint)
     chat = load_format(options.checkpoint)
     check_format(Judge(thinking=options.thinking), chat)
-    config = EngineConfig(model=options.checkpoint, max_model_len=length, stop_ids=tuple(chat.stop_ids))
+    config = engine_config(options.checkpoint, chat)
     pool = Pool(config, 1)
     stack.callback(pool.close)
     pool.wait_until_ready()
-    tokens = min(options.max_tokens, length // 2)
+    tokens = min(options.max_tokens, config.max_model_len // 2)
     identity = str(Path(options.checkpoint).resolve())
     return EngineModel(pool.generate, chat, identity=identity, max_tokens=tokens, thinking=options.thinking)
+
+
+def engine_config(checkpoint: str, chat: Chat | TemplateChat) -> EngineConfig:
+    """What an engine for this judge is started with: its cache comes from the model's sizes."""
+    model = read_config(checkpoint)
+    length = min(model.get("max_position_embeddings", LONGEST_CONTEXT), LONGEST_CONTEXT)
+    cache = CACHED_CONTEXTS * length * shape_of(model).cached * 4
+    return EngineConfig(model=checkpoint, max_model_len=length, kv_cache_bytes=cache, stop_ids=tuple(chat.stop_ids))
 
 
 def _preference(model: JudgeModel) -> Callable[[str, str, str], Awaitable[Preference]]:
