@@ -55,6 +55,15 @@ class RunFolder:
             raise ValueError(f"{path} is not a run: it has no config.json")
         return cls(path)
 
+    @classmethod
+    def reopen(cls, path: Path, config: Config) -> "RunFolder":
+        """A folder that `create` made, to go on in with these settings."""
+        folder = cls.open(path)
+        partial = path / "config.json.partial"
+        config.save(partial)
+        os.replace(partial, path / "config.json")
+        return folder
+
     def load_config(self) -> Config:
         return Config.load(self.path / "config.json")
 

@@ -42,10 +42,24 @@ def prepare(config: Config, path: Path, *, resume: bool) -> "Run":
     """
     config, plan = complete(config)
     if resume:
-        RunFolder.open(path).latest_checkpoint()
+        check_resumed(RunFolder.open(path), config)
     elif path.exists():
         raise ValueError(f"{path} exists already; continue it with `trimtab train {path} --resume`")
     return Run(config, path, resume, plan)
+
+
+def check_resumed(folder: RunFolder, config: Config) -> None:
+    """Find out whether a run can go on with these settings.
+
+    Raises:
+        ValueError: there is no checkpoint, or it holds other weights than these settings train.
+    """
+    checkpoint, before = folder.latest_checkpoint(), folder.load_config().lora
+    if (before.rank, before.targets) != (config.lora.rank, config.lora.targets):
+        raise ValueError(
+            f"{checkpoint} was made with lora.rank {before.rank} and lora.targets {' '.join(before.targets)}, which "
+            "cannot change when a run goes on: leave them out, or start a new run"
+        )
 
 
 class NothingPlayed(RuntimeError):
@@ -76,7 +90,7 @@ class Run:
             config = replace(config, model=str(cold_start(config, console)))
         clock = Clock(torch.cuda.synchronize if torch.cuda.is_available() else None)
         with stop_after_interrupt(console) as stopping, ExitStack() as stack:
-            folder = RunFolder.open(self.path) if self.resume else RunFolder.create(self.path, config)
+            folder = (RunFolder.reopen if self.resume else RunFolder.create)(self.path, config)
             console.print(f"run: {folder.path}")
             players = stack.enter_context(Players.start(config, folder.path, clock))
             start = folder.latest_checkpoint() if self.resume else Path(config.model)

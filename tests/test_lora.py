@@ -15,10 +15,12 @@ from tiny import tiny_model
 from torch import Tensor
 
 from trimtab.grpo.batch import Trajectory
-from trimtab.grpo.config import Config
+from trimtab.grpo.config import Config, Lora
 from trimtab.grpo.policy.families import ARCHITECTURES
 from trimtab.grpo.policy.lora import adapt, adapters, check_targets, load_adapter, resolve
 from trimtab.grpo.policy.policy import Policy, load_policy
+from trimtab.grpo.run import RunFolder
+from trimtab.grpo.train import save
 from trimtab.grpo.trainer import Trainer
 
 LORA = {"rank": 4, "alpha": 8.0, "targets": ("all-linear",)}
@@ -136,16 +138,32 @@ def test_a_checkpoint_holds_the_adapter_which_peft_loads_on_the_base(precision, 
     trainer.train_on(DENSE, step=0)
     trainer.save(tmp_path)
     assert not (tmp_path / "model.safetensors").exists()
+    with pytest.raises(ValueError, match="an adapter alone"):
+        load_policy(tmp_path)
     ids = torch.randint(0, 384, (1, 30), generator=torch.Generator().manual_seed(2))
     model = PeftModel.from_pretrained(tiny_model("Qwen2ForCausalLM", initializer_range=0.1), tmp_path)
-    merged = tmp_path / "merged"
-    trainer.save_merged(merged)
-    whole = load_policy(merged).model
+    trainer.save_merged(tmp_path / "merged")
+    whole = load_policy(tmp_path / "merged").model
     with torch.no_grad():
         theirs = model(ids).logits.log_softmax(-1)
         hidden_ND = Policy(whole)(ids[0], torch.tensor([0, 30])).hidden_ND
     tolerance = {"fp32": 1e-5, "bf16": 0.1}[precision]
     torch.testing.assert_close((hidden_ND @ whole.lm_head.weight.T).log_softmax(-1), theirs[0], rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_a_checkpoint_holds_the_merged_model_with_its_tokenizer_where_asked(merge, tmp_path):
+    tokenizer = tmp_path / "base"
+    tokenizer.mkdir()
+    (tokenizer / "tokenizer.json").write_text("{}")
+    (tmp_path / "checkpoints").mkdir()
+    trainer = start(replace(CONFIG, model=str(tokenizer), lora=Lora(rank=4, merge=merge)))
+    save(RunFolder(tmp_path), trainer, 3)
+    checkpoint = RunFolder(tmp_path).latest_checkpoint()
+    assert (checkpoint / "adapter_model.safetensors").is_file() and (checkpoint / "tokenizer.json").is_file()
+    assert (checkpoint / "merged").exists() == merge
+    if merge:
+        assert load_policy(checkpoint / "merged") and (checkpoint / "merged" / "tokenizer.json").is_file()
 
 
 def test_adapters_that_resume_go_on_as_if_they_had_not_stopped(tmp_path):

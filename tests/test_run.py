@@ -1,10 +1,13 @@
 import json
+from dataclasses import replace
 
 import pytest
 
 from trimtab.environments.base import Message
+from trimtab.grpo.config import Lora
 from trimtab.grpo.recipes import quickstart
 from trimtab.grpo.run import RunFolder, step_of_checkpoint
+from trimtab.grpo.train import check_resumed
 from trimtab.rollout.types import Episode, Group
 
 
@@ -73,3 +76,19 @@ def test_rewinding_forgets_the_steps_that_will_be_repeated(folder):
     assert lost == [{"step": step, "kind": "voided", "count": 2, "reason": "no judge"} for step in (0, 1)]
     assert sorted(path.stem for path in (folder.path / "episodes").iterdir()) == ["step-00000", "step-00001"]
     assert "你好" in (folder.path / "episodes" / "step-00001.jsonl").read_text()
+
+
+def test_settings_changed_on_the_way_are_what_the_folder_says(folder):
+    longer = replace(quickstart(), steps=99)
+    assert RunFolder.reopen(folder.path, longer).load_config() == longer
+    assert not list(folder.path.glob("*.partial"))
+
+
+@pytest.mark.parametrize("lora", [Lora(rank=8), Lora(rank=4, targets=("q_proj",))])
+def test_adapters_cannot_change_when_a_run_goes_on(tmp_path, lora):
+    trained = replace(quickstart(), lora=Lora(rank=4))
+    folder = RunFolder.create(tmp_path / "adapted", trained)
+    folder.save_checkpoint(1, write)
+    check_resumed(folder, replace(trained, steps=99))
+    with pytest.raises(ValueError, match=r"made with lora\.rank 4 and lora\.targets all-linear, which cannot change"):
+        check_resumed(folder, replace(trained, lora=lora))

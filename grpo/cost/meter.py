@@ -24,20 +24,20 @@ class Meter:
     def __init__(self, config: Config, phases: Clock):
         self._config, self._clock = config, phases
         self._shape = shape_of(read_config(config.model))
-        self._started = 0.0
+        self._started = self._saving = 0.0
 
     def start(self) -> None:
-        """A batch begins."""
-        self._clock.seconds()
+        """A batch begins; a checkpoint that was written just before counts to it."""
+        self._saving = self._clock.seconds().get("saving", 0.0)
         self._started = time.perf_counter()
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
 
     def metrics(self, metrics: Mapping[str, Any], batch: Sequence[Trajectory]) -> dict[str, Any]:
         """What the batch that began with `start` cost until now."""
-        seconds = self._clock.seconds()
+        seconds = self._clock.seconds() | ({"saving": self._saving} if self._saving else {})
         found: dict[str, Any] = dict(clock.metrics(seconds))
-        found["seconds"] = time.perf_counter() - self._started
+        found["seconds"] = time.perf_counter() - self._started + self._saving
         if rollout := seconds.get("rollout"):
             found["tokens_per_s/rollout"] = metrics["sampled_tokens"] / rollout
         update = sum(seconds.get(phase, 0.0) for phase in UPDATE)

@@ -26,6 +26,8 @@ def check_checkpoint(path: Path | str) -> str:
     """
     folder = Path(path)
     config_file = folder / "config.json"
+    if (folder / "adapter_config.json").is_file() and not config_file.is_file():
+        raise ValueError(f"{path} holds an adapter alone; --lora.merge True makes a `merged` to start from")
     if not config_file.is_file():
         raise ValueError(f"no checkpoint at {path}: give a folder that holds config.json and model.safetensors")
     try:

@@ -230,7 +230,7 @@ class Policy(nn.Module):
 
     def save(self, path: Path | str, weights: dict[str, Tensor] | None = None) -> None:
         """Write a checkpoint that transformers and vLLM load, of these weights or of its own."""
-        with _no_progress_bars():
+        with quietly():
             self.model.save_pretrained(path, state_dict=weights)
 
 
@@ -241,19 +241,21 @@ def load_policy(path: Path | str, *, dtype: torch.dtype = torch.float32, checkpo
         ValueError: what check_checkpoint refuses.
     """
     model_class: Any = architecture(check_checkpoint(path)).model
-    with _no_progress_bars():
+    with quietly():
         model, found = model_class.from_pretrained(path, dtype=dtype, output_loading_info=True)
     assert not found["missing_keys"], f"{path} lacks {found['missing_keys']}"
     return Policy(model, checkpointing=checkpointing)
 
 
 @contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """transformers draws a bar for every file, which would tear a live table."""
-    shown = logging.is_progress_bar_enabled()
+def quietly() -> Iterator[None]:
+    """transformers draws a bar for every file, which would tear a live table, and warns of what is meant."""
+    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
         yield
     finally:
+        logging.set_verbosity(verbosity)
         if shown:
             logging.enable_progress_bar()

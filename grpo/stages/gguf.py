@@ -8,7 +8,7 @@ import torch
 from tokenizers import Regex, normalizers, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from trimtab.grpo.policy.policy import check_checkpoint
+from trimtab.grpo.policy.policy import check_checkpoint, quietly
 
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -53,8 +53,9 @@ def convert(file: Path, folder: Path) -> None:
     header = read_header(file)
     if header.tensors & {"rope_freqs.weight", "rope_factors_long.weight"}:
         raise ValueError(f"{file} keeps its RoPE scaling as a tensor, which is not read: give the original checkpoint")
-    _read(file, _tokenizer, header).save_pretrained(folder)
-    _read(file, _model, header).save_pretrained(folder)
+    with quietly():
+        _read(file, _tokenizer, header).save_pretrained(folder)
+        _read(file, _model, header).save_pretrained(folder)
     check_checkpoint(folder)
 
 
