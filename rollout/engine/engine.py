@@ -326,6 +326,8 @@ def capture_sizes(max_num_seqs: int) -> list[int]:
 
 def _graph_options(config: EngineConfig) -> dict[str, Any]:
     """Whole decoding steps in graphs, prompts eager; nothing is compiled, so a start takes seconds."""
+    if not torch.cuda.is_available():  # vLLM's CPU rotation pairs neighbours wrongly, as in DeepSeek-V3
+        return {"enforce_eager": True, "compilation_config": {"custom_ops": ["-rotary_embedding"]}}
     if not config.graphs:
         return {"enforce_eager": True}
     return {
