@@ -49,7 +49,8 @@ class Env(Protocol):
     """One episode of one task.
 
     An environment that holds a resource also has an async close(). Whoever plays the episode awaits it once the episode
-    is over, however it ended; it may be called twice.
+    is over, however it ended; it may be called twice. One whose close() has nothing to close says so by holds = False:
+    a domain's open_environments are those that hold something.
     """
 
     async def start(self) -> tuple[Message, ...]:
@@ -63,12 +64,28 @@ class Env(Protocol):
         """
 
 
+@dataclass(frozen=True, slots=True)
+class Known:
+    """A prompt with an answer that must earn full marks, as `trimtab grade-check` tries it.
+
+    where: the file and line, or what else tells it; make_env makes the environment that opens with the prompt.
+    """
+
+    where: str
+    prompt: str
+    answer: str
+    make_env: Callable[[], Env]
+
+
 class VoidEpisode(Exception):
     """The episode cannot be scored through no fault of the policy; it is dropped, never scored zero."""
 
 
 class Task(Protocol):
-    """A family of tasks of one domain."""
+    """A family of tasks of one domain.
+
+    One that knows the answers to its prompts may also have known(most), which yields at most so many Known.
+    """
 
     def sample(self, rng: random.Random, *, held_out: bool = False) -> Callable[[], Env]:
         """Draw one task; the result makes a fresh Env for each attempt at it.

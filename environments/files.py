@@ -1,11 +1,12 @@
 """Rows of JSONL and Parquet files, and documents from them or from text files. Errors name the file and the line."""
 
 import importlib.util
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from trimtab.environments.json_lines import read_json_lines
 
 _TEXT = (".md", ".txt")
 
@@ -98,18 +99,11 @@ def read_documents(path: Path | str) -> list[Document]:
 
 
 def _jsonl(path: Path) -> Iterator[Row]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            where = f"{path}:{number}"
-            try:
-                values = json.loads(line)
-            except ValueError as error:  # of the decoder of UTF-8 or of JSON
-                raise ValueError(f"{where}: not JSON: {error}") from error
-            if not isinstance(values, dict):
-                raise ValueError(f"{where}: a line holds a JSON object, got {type(values).__name__}")
-            yield Row(where, values)
+    for number, values in read_json_lines(path):
+        where = f"{path}:{number}"
+        if not isinstance(values, dict):
+            raise ValueError(f"{where}: a line holds a JSON object, got {type(values).__name__}")
+        yield Row(where, values)
 
 
 def _parquet(path: Path) -> Iterator[Row]:

@@ -9,11 +9,12 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from trimtab.environments.base import Message, Step, VoidEpisode
-from trimtab.environments.tools.functions import Parts, named_parts
+from trimtab.environments.tools.functions import Parts, scored
 from trimtab.environments.tools.tool import Tool, answer_calls, close_tools, distinct, opening
+from trimtab.rewards.format import without_thinking
 
 END = "[END]"
-"""What the user says when the conversation is over, alone or behind their last words."""
+"""What the user says when the conversation is over, alone or behind last words, on which the policy still acts."""
 
 User = Callable[[Sequence[Message]], Awaitable[str]]
 """Takes the visible conversation, which ends with the policy's message; returns what the user says next."""
@@ -76,7 +77,9 @@ def visible_part(messages: Iterable[Message]) -> tuple[Message, ...]:
 class UserEnv:
     """A user with tools between them and what they want; messages without calls go to the user, who answers.
 
-    The episode ends with the user's END, which the policy does not see, or at a limit. All attempts at a task open
+    The episode ends with the user's END, which the policy does not see, or at a limit. Behind words ("Yes, do. [END]"),
+    which may ask the policy to act, it ends with the policy's next message without calls. An END inside thinking
+    (<think>), or in the middle of words, is none. All attempts at a task open
     alike, so the user's first message, the prompt, is given.
 
     Args:
@@ -111,6 +114,7 @@ class UserEnv:
         self._reward = reward
         self._messages_left, self._answers_left = max_messages, max_answers
         self._max_characters, self._max_calls = max_characters, max_calls
+        self._left = False
 
     async def start(self) -> tuple[Message, ...]:
         return self.messages
@@ -123,11 +127,16 @@ class UserEnv:
         if message.tool_calls:
             replies = await answer_calls(self.tools, message.tool_calls, most=self._max_calls)
         elif not over:
-            replies, over = await self._ask()
+            replies, over = ((), True) if self._left else await self._ask()
         self.messages += replies
         if not over:
             return Step(replies)
-        return Step(replies, await named_parts(self._reward(self.messages)), done=True)
+        return Step(replies, await scored(self._reward, self.messages), done=True)
+
+    @property
+    def holds(self) -> bool:
+        """Whether a tool has anything to close."""
+        return any(hasattr(tool, "close") for tool in self.tools)
 
     async def close(self) -> None:
         """Close the tools; may be called again."""
@@ -139,10 +148,16 @@ class UserEnv:
             return (), True
         self._answers_left -= 1
         try:
-            words, end, _ = (await self._user(visible_part(self.messages))).partition(END)
+            words, self._left = _heard(await self._user(visible_part(self.messages)))
         except Exception as error:  # a model behind a network, or another's code
             raise VoidEpisode(f"the user could not be played: {error!r}") from error
-        words = words.strip().encode(errors="replace").decode()
-        if not (words or end) or len(words) > self._max_characters:
+        if not (words or self._left) or len(words) > self._max_characters:
             raise VoidEpisode(f"the user said {len(words)} characters, not 1 to {self._max_characters}")
-        return ((Message("user", words),) if words else ()), bool(end)
+        return ((Message("user", words),) if words else ()), not words
+
+
+def _heard(said: str) -> tuple[str, bool]:
+    """What a user says aloud, and whether they end with it."""
+    aloud = without_thinking(said).strip()
+    ends = aloud.startswith(END) or aloud.rstrip(" \n.!*\"'").endswith(END)
+    return aloud.replace(END, "").strip().encode(errors="replace").decode(), ends

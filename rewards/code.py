@@ -8,61 +8,69 @@ strong as the sandbox of the machine: see sandbox.isolation().
 import asyncio
 import json
 import math
+import re
 import sys
-import tempfile
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import chain
 from typing import Any
 
-from trimtab.rewards.sandbox import Limits, Result, run
-from trimtab.rewards.types import Check
+from trimtab.rewards.code_inside import CALL_FUNCTION, RUN_PROGRAM
+from trimtab.rewards.reading.blocks import code_block as code_block
+from trimtab.rewards.sandbox import Limits, Result, run, scratch
+from trimtab.rewards.types import Check, VerifierError
 
 LIMITS = Limits(wall_seconds=10.0)
 """Of each test, unless others are given."""
 
-# Takes {"call", "arguments"} from stdin; the value leaves as JSON on a copy of stdout, what the code prints on stderr.
-_CALLER = """
-import json, os, sys
-channel = os.dup(1)
-os.dup2(2, 1)
-task = json.load(sys.stdin)
-sys.path.insert(0, os.getcwd())
-import solution
-first, *names = task["call"].split(".")
-function = getattr(solution, first)
-for name in names:
-    function = getattr(function() if isinstance(function, type) else function, name)
-value = function(*task["arguments"])
-with open(channel, "w") as out:
-    json.dump(value, out)
-"""
+_SPACES = re.compile(r"(\s+)")
+_DECIMAL = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
 
 
 @dataclass(frozen=True, slots=True)
 class ProgramTest:
-    """A program reads stdin and must print stdout, up to spaces at the ends of lines and empty lines at the end."""
+    """A program reads stdin and must print stdout, or one of accepted, or what check says is right.
+
+    Spaces at the ends of lines and empty lines at the end do not count; numbers with a fraction agree within a relative
+    or absolute 1e-6. check takes what was printed, here and not in the sandbox, and stdout is one output that is right.
+    """
 
     stdin: str
     stdout: str
+    accepted: tuple[str, ...] = ()
+    check: Callable[[str], bool] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class CallTest:
-    """A function is called with the arguments and must return a value; both hold JSON values only.
+    """A function is called with the arguments and must return value, or one of accepted, or what check says is right.
 
-    Tuples and lists are the same to JSON. Numbers with a fraction agree within a relative or absolute 1e-6, everything
-    else exactly; true is not 1.
+    Arguments are JSON values. What is returned becomes one: tuples, ranges, queues, arrays and iterators are lists,
+    sets are sorted lists, numbers of numpy, decimals and fractions are numbers. Numbers with a fraction agree within a
+    relative or absolute 1e-6, everything else exactly; true is not 1. A set as value takes its members in any order.
+    check takes the JSON value, here and not in the sandbox, and value is one that is right.
     """
 
     arguments: tuple[Any, ...]
-    value: Any
+    value: Any = None
+    accepted: tuple[Any, ...] = ()
+    check: Callable[[Any], bool] | None = None
 
     def __post_init__(self) -> None:
         try:
-            json.dumps([self.arguments, self.value])
+            json.dumps([self.arguments, *map(_listed, (self.value, *self.accepted))])
         except (TypeError, ValueError) as error:
             raise ValueError(f"arguments and value of a test must be JSON values, got {self}: {error}") from error
+
+    def passes(self, value: Any) -> bool:
+        """Whether a JSON value is right.
+
+        Raises:
+            VerifierError: check breaks at value.
+        """
+        if self.check is not None:
+            return _checked(self.check, value, self.value)
+        return any(_same_or_in_any_order(value, right) for right in (self.value, *self.accepted))
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,20 +90,6 @@ class CodeScore:
         return all(check.passed for check in self.checks)
 
 
-def code_block(text: str, languages: Sequence[str] = ("python", "py", "python3", "")) -> str | None:
-    """The last closed ``` block of a text whose language is one of languages; None when there is none."""
-    last, opened, inside = None, None, list[str]()
-    for line in text.splitlines(keepends=True):
-        if not line.startswith("```"):
-            inside.append(line)
-        elif opened is None:
-            opened, inside = line[3:].strip().lower(), []
-        else:
-            last = "".join(inside) if opened in languages else last
-            opened = None
-    return last
-
-
 async def program_score(
     code: str, tests: Sequence[ProgramTest], *, limits: Limits = LIMITS, at_once: int = 2
 ) -> CodeScore:
@@ -103,14 +97,15 @@ async def program_score(
 
     Raises:
         ValueError: there are no tests.
+        VerifierError: the check of a test breaks at what is right.
         Exception: whatever the sandbox raises when it cannot run; nothing can be said about the code.
     """
 
     async def check(test: ProgramTest) -> Check:
-        result = await _run(code, ["solution.py"], test.stdin, limits)
+        result = await _run(code, ["-c", RUN_PROGRAM], test.stdin, limits)
         if failed := _failure(result):
             return Check(False, failed)
-        return Check(True) if _lines(result.stdout) == _lines(test.stdout) else _wrong(result.stdout)
+        return Check(True) if _prints(result.stdout, test) else _wrong(result.stdout)
 
     return await _score(tests, check, at_once)
 
@@ -129,6 +124,7 @@ async def call_score(
 
     Raises:
         ValueError: there are no tests, or call is not a dotted name.
+        VerifierError: the check of a test breaks at what is right.
         Exception: whatever the sandbox raises when it cannot run; nothing can be said about the code.
     """
     if not all(name.isidentifier() for name in call.split(".")):
@@ -136,14 +132,14 @@ async def call_score(
 
     async def check(test: CallTest) -> Check:
         task = json.dumps({"call": call, "arguments": test.arguments})
-        result = await _run(code, ["-c", _CALLER], task, limits)
+        result = await _run(code, ["-c", CALL_FUNCTION], task, limits)
         if failed := _failure(result):
             return Check(False, failed)
         try:
             value = json.loads(result.stdout)
         except (ValueError, RecursionError):  # the code left early, or wrote to the channel itself
             return Check(False, f"no value was returned: {_end(result.stderr)}")
-        return Check(True) if same_value(value, json.loads(json.dumps(test.value))) else _wrong(result.stdout)
+        return Check(True) if test.passes(value) else _wrong(result.stdout)
 
     return await _score(tests, check, at_once)
 
@@ -167,9 +163,9 @@ def same_value(value: Any, expected: Any) -> bool:
 
 
 async def _run(code: str, argv: Sequence[str], stdin: str, limits: Limits) -> Result:
-    with tempfile.TemporaryDirectory(prefix="trimtab-code-") as folder:
-        (Path(folder) / "solution.py").write_text(code, encoding="utf-8", errors="replace")
-        return await run([sys.executable, "-I", *argv], folder=Path(folder), stdin=stdin, limits=limits)
+    async with scratch() as folder:
+        (folder / "solution.py").write_text(code, encoding="utf-8", errors="replace")
+        return await run([sys.executable, "-I", *argv], folder=folder, stdin=stdin, limits=limits)
 
 
 async def _score(tests: Sequence[Any], check: Callable[[Any], Awaitable[Check]], at_once: int) -> CodeScore:
@@ -200,5 +196,51 @@ def _end(text: str) -> str:
     return text.strip()[-200:] or "nothing was said"
 
 
-def _lines(text: str) -> list[str]:
-    return [line.rstrip() for line in text.rstrip().splitlines()]
+def _prints(output: str, test: ProgramTest) -> bool:
+    if test.check is not None:
+        return _checked(test.check, output, test.stdout)
+    return any(_same_text(output, right) for right in (test.stdout, *test.accepted))
+
+
+def _checked(check: Callable[[Any], bool], value: Any, right: Any) -> bool:
+    """What check says of a value; a check that breaks says no, if it takes what is right."""
+    try:
+        return bool(check(value))
+    except Exception as error:  # the user's own, on what a program of a model handed out
+        try:
+            check(right)
+        except Exception:
+            raise VerifierError(f"the check of a test breaks at what is right, {right!r}: {error!r}") from error
+        return False
+
+
+def _same_text(output: str, expected: str) -> bool:
+    """Whether two outputs are the same, line by line and up to the form of numbers with a fraction."""
+    pairs = [[_SPACES.split(line.rstrip()) for line in text.rstrip().splitlines()] for text in (output, expected)]
+    printed, wanted = ([len(line) for line in lines] for lines in pairs)
+    if printed != wanted:
+        return False
+    tokens = zip(*(chain.from_iterable(lines) for lines in pairs), strict=True)
+    return all(one == other or _same_fraction(one, other) for one, other in tokens)
+
+
+def _same_fraction(one: str, other: str) -> bool:
+    if not (_DECIMAL.fullmatch(one) and _DECIMAL.fullmatch(other)) or "." not in one + other:
+        return False
+    return math.isclose(float(one), float(other), rel_tol=1e-6, abs_tol=1e-6)
+
+
+def _same_or_in_any_order(value: Any, right: Any) -> bool:
+    if not isinstance(right, set | frozenset):
+        return same_value(value, json.loads(json.dumps(right)))
+    left = list(value) if isinstance(value, list) else [math.nan]
+    for member in _listed(right):
+        found = next((i for i, one in enumerate(left) if same_value(one, json.loads(json.dumps(member)))), None)
+        if found is None:
+            return False
+        left.pop(found)
+    return not left
+
+
+def _listed(value: Any) -> Any:
+    return list(value) if isinstance(value, set | frozenset) else value

@@ -5,19 +5,36 @@ constraint("words", at_most=50).
 """
 
 import re
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import regex
+
 from trimtab.rewards.format import fits_schema, has_sections, is_json
 from trimtab.rewards.language import NAMES, Language, language_consistency
 from trimtab.rewards.types import Check
 
-_WORD = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff]|(?:(?![\u3400-\u4dbf\u4e00-\u9fff])\w)+(?:['\u2019.,-]\w+)*")
-_SENTENCE_END = re.compile(r"[\u3002\uff01\uff1f]+|(?<![.!?\u2026])[.!?\u2026]++(?=[\"')\]\u201d\u2019*_]*+(?:\s|$))")
-_ABBREVIATION = re.compile(r"\b(?:[A-Z]|Mr|Mrs|Ms|Dr|Prof|St|vs|e\.g|i\.e|Fig|approx)\.$")
-_BULLET = re.compile(r"^[ \t]*[-*+\u2022][ \t]+\S", re.MULTILINE)
+_ALONE = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"  # scripts without spaces between words
+_LETTER = rf"[[\p{{L}}\p{{M}}\p{{N}}_\u200c\u200d]--[{_ALONE}]]"
+_WORD = regex.compile(
+    rf"\p{{Han}}|[\p{{Hiragana}}\p{{Katakana}}ー]+|[[{_ALONE}]--[\p{{Han}}\p{{Hiragana}}\p{{Katakana}}]]+"
+    rf"|{_LETTER}++(?:['\u2019.,-]{_LETTER}++)*+",
+    regex.V1,
+)
+_SENTENCE_END = re.compile(
+    r"[\u3002\uff01\uff1f\u0964\u0965\u061f\u06d4]+|(?<![.!?\u2026])[.!?\u2026]++(?=[\"')\]\u201d\u2019*_]*+(?:\s|$))"
+)
+_ABBREVIATION = re.compile(r"\b(?:[A-HJ-Z]|Mr|Mrs|Ms|Dr|Prof|St|vs|e\.g|i\.e|Fig|approx|cf|al|ca)\.$")
+_MAY_END = re.compile(r"\b(?:etc|a\.m|p\.m|Inc|Ltd|Co|Corp|Jr|Sr|Ph\.D|U\.S|U\.K|No)\.$")
+"""What a sentence may end with: it goes on where a small letter or a digit follows."""
+_ITEM = re.compile(
+    r"^[ \t]*(?:>[ \t]*)*(?:[-*+\u2022\u25e6\u25aa][ \t]+|\(?(?:\d{1,3}|[A-Za-z])[.)][ \t]+)(?=\S)", re.MULTILINE
+)
+_RULE = re.compile(r"^[ \t]*(?:(?:\*[ \t]*){3,}|(?:-[ \t]*){3,}|(?:_[ \t]*){3,})$", re.MULTILINE)
+_BULLET = re.compile(r"^[ \t]*[-*+\u2022\u25e6\u25aa][ \t]+\S", re.MULTILINE)
 _NUMBERED = re.compile(r"^[ \t]*\d+[.)][ \t]+\S", re.MULTILINE)
 _TITLE = re.compile(r"<<[^<>\n]+>>")
 _PLACEHOLDER = re.compile(r"\[[^\[\]\n]+\]")
@@ -76,26 +93,40 @@ def constraint(kind: str, **options: Any) -> Constraint:
 
 
 def count_words(text: str) -> int:
-    """Words of a text; each Han character is one, "don't", "3.5" and "well-known" are one each."""
-    return len(_WORD.findall(text))
+    """Words of a text, in any script; "don't", "3.5" and "well-known" are one each, as is each Han character."""
+    return len(_WORD.findall(_composed(text)))
 
 
 def count_sentences(text: str) -> int:
-    """Sentences: they end with . ! ? or the Chinese forms of these, the last also without; not at "e.g." or 3.5."""
+    """Sentences: they end with . ! ? or the forms of other scripts, the last also without; not at "e.g." or 3.5.
+
+    An item of a list is at least one, and its number or bullet none.
+    """
+    return sum(map(_sentences, _ITEM.split(_RULE.sub("", text))))
+
+
+def _sentences(text: str) -> int:
     count, start = 0, 0
     for end in _SENTENCE_END.finditer(text):
-        if _ABBREVIATION.search(text, max(start, end.start() - 8), end.end()) and text[end.end() :].strip():
+        before, behind = text[max(start, end.start() - 8) : end.end()], text[end.end() : end.end() + 80].lstrip()
+        if behind and (
+            _ABBREVIATION.search(before) or (_MAY_END.search(before) and (behind[0].islower() or behind[0].isdigit()))
+        ):
             continue
         count += bool(re.search(r"\w", text[start : end.end()]))
         start = end.end()
     return count + bool(re.search(r"\w", text[start:]))
 
 
+def count_bullets(text: str) -> int:
+    """Lines that begin with a bullet; a line of * * * or - - - is a rule."""
+    return len(_BULLET.findall(_RULE.sub("", text)))
+
+
 def count_paragraphs(text: str) -> int:
-    """Paragraphs of a text: what empty lines, or lines of *** or ---, separate."""
-    return sum(
-        bool(re.search(r"\w", part)) for part in re.split(r"\n\s*\n|^[ \t]*(?:\*{3,}|-{3,})[ \t]*$", text, flags=re.M)
-    )
+    """Paragraphs of a text: what empty lines, or rules such as *** or - - -, separate."""
+    parts = re.split(r"\n\s*\n", _RULE.sub("\n\n", text))
+    return sum(bool(re.search(r"\w", part)) for part in parts)
 
 
 def counted(unit: str, count: Callable[[str], int], *, at_least: int = 0, at_most: int | None = None) -> Constraint:
@@ -132,7 +163,7 @@ def includes(*, phrases: Sequence[str], times: int = 1) -> Constraint:
         raise ValueError(f"times must be at least 1, got {times}")
 
     def check(answer: str) -> Check:
-        missing = [phrase for phrase, pattern in patterns.items() if len(pattern.findall(answer)) < times]
+        missing = [phrase for phrase, pattern in patterns.items() if len(pattern.findall(_composed(answer))) < times]
         return Check(False, f"too few of {', '.join(missing)}") if missing else Check(True)
 
     often = f", each at least {times} times" if times > 1 else ""
@@ -144,7 +175,7 @@ def excludes(*, phrases: Sequence[str]) -> Constraint:
     patterns = _phrases(phrases)
 
     def check(answer: str) -> Check:
-        found = [phrase for phrase, pattern in patterns.items() if pattern.search(answer)]
+        found = [phrase for phrase, pattern in patterns.items() if pattern.search(_composed(answer))]
         return Check(False, f"holds {', '.join(found)}") if found else Check(True)
 
     return Constraint(f"Do not use {_quoted(phrases, 'or')}.", check)
@@ -204,8 +235,10 @@ def sections(*, titles: Sequence[str]) -> Constraint:
 
 
 def no_commas() -> Constraint:
-    """No comma, Latin or Chinese."""
-    return Constraint("Use no commas.", lambda answer: _check(not re.search("[,\uff0c\u3001]", answer), "has a comma"))
+    """No comma, Latin, Chinese or Arabic."""
+    return Constraint(
+        "Use no commas.", lambda answer: _check(not re.search("[,\uff0c\u3001\u060c]", answer), "has a comma")
+    )
 
 
 def titled() -> Constraint:
@@ -220,7 +253,7 @@ KINDS: Mapping[str, Callable[..., Constraint]] = {
     "words": partial(counted, "words", count_words),
     "sentences": partial(counted, "sentences", count_sentences),
     "paragraphs": partial(counted, "paragraphs, with an empty line between them", count_paragraphs),
-    "bullets": partial(counted, "bullet points", lambda text: len(_BULLET.findall(text))),
+    "bullets": partial(counted, "bullet points", count_bullets),
     "numbered": partial(counted, "numbered points", lambda text: len(_NUMBERED.findall(text))),
     "placeholders": partial(counted, "placeholders such as [name]", lambda text: len(_PLACEHOLDER.findall(text))),
     "includes": includes,
@@ -242,16 +275,21 @@ def _check(passed: bool, reason: str) -> Check:
     return Check(True) if passed else Check(False, reason)
 
 
-def _phrases(phrases: Sequence[str]) -> dict[str, re.Pattern[str]]:
+def _phrases(phrases: Sequence[str]) -> dict[str, regex.Pattern[str]]:
     if isinstance(phrases, str) or not phrases or not all(phrase.strip() for phrase in phrases):
         raise ValueError(f"phrases must be a list of texts, none empty, got {phrases!r}")
-    return {phrase: re.compile(_edge(phrase), re.IGNORECASE) for phrase in phrases}
+    return {phrase: _phrase(_composed(phrase)) for phrase in phrases}
 
 
-def _edge(phrase: str) -> str:
-    left = r"(?<![A-Za-z0-9_])" if re.match(r"[A-Za-z0-9_]", phrase) else ""
-    right = r"(?![A-Za-z0-9_])" if re.search(r"[A-Za-z0-9_]\Z", phrase) else ""
-    return f"{left}{re.escape(phrase)}{right}"
+def _phrase(phrase: str) -> regex.Pattern[str]:
+    left = rf"(?<!{_LETTER})" if regex.match(_LETTER, phrase, regex.V1) else ""
+    right = rf"(?!{_LETTER})" if regex.search(rf"{_LETTER}\Z", phrase, regex.V1) else ""
+    return regex.compile(f"{left}{regex.escape(phrase, literal_spaces=True)}{right}", regex.V1 | regex.IGNORECASE)
+
+
+def _composed(text: str) -> str:
+    """Letters with their accents as one character, as far as there is one."""
+    return unicodedata.normalize("NFC", text)
 
 
 def _quoted(texts: Sequence[str], join: str = "and") -> str:

@@ -3,6 +3,8 @@
 import json
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from itertools import islice
 from typing import Any
 
 import jsonschema  # type: ignore[import-untyped]
@@ -12,7 +14,36 @@ import referencing.exceptions
 from trimtab.rewards.types import Check
 
 _FENCED = re.compile(r"```(?:json)?[ \t]*\n(.*)\n[ \t]*```", re.DOTALL | re.IGNORECASE)
+_LAST_FENCED = re.compile(r"```(?:json)?[ \t]*\n((?:(?!```).)*)\n[ \t]*```\s*\Z", re.DOTALL | re.IGNORECASE)
+_OPENING = re.compile(r"(?<!\A)[{\[]")
+_ATTEMPTS = 200
+"""Brackets at which the JSON at the end of a text may begin."""
 _HEADING = re.compile(r"^#{1,6}[ \t]+(?P<marked>.*)$|^\*\*(?P<bold>[^*\n]+)\*\*:?[ \t]*$", re.MULTILINE)
+
+
+def without_thinking(text: str) -> str:
+    """What a model said aloud: without <think>...</think>, or anything before a </think> whose beginning its template
+    gave; nothing of thoughts that do not end."""
+    _, _, aloud = text.rpartition("</think>")
+    return aloud.partition("<think>")[0]
+
+
+def last_json(text: str) -> Any:
+    """The JSON value that a text ends with, alone or in a ``` block; what stands before is a model's way to it.
+
+    Raises:
+        ValueError: it ends with none, or with one that json_value refuses.
+    """
+    text = without_thinking(text).strip()
+    fenced = _LAST_FENCED.search(text)
+    text = fenced[1].strip() if fenced else text
+    try:
+        return json_value(text)
+    except ValueError:
+        for opening in islice(_OPENING.finditer(text), _ATTEMPTS):
+            with suppress(ValueError):
+                return json_value(text[opening.start() :])
+        raise
 
 
 def json_value(text: str) -> Any:

@@ -9,23 +9,34 @@ from collections.abc import Collection
 from trimtab.rewards.answers import alternatives, boxed, final_answer, normalised
 
 _WORD = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff]|(?:(?![\u3400-\u4dbf\u4e00-\u9fff])\w)+")
-_MARKUP_NAMES = "verdict|judge|judgment|judgement|score|rating|grade|rationale|criterion|criteria|evaluation"
+_RULING = "verdict|judge|judgment|judgement|rationale|criterion|criteria|evaluation"
+_MARKS = "score|rating|grade"  # which other texts have too, in markup and in JSON
 _ROLE_TOKEN = re.compile(
     r"<[|\uff5c][^<>\n]{1,40}[|\uff5c]>|\uff5cDSML\uff5c|\[/?INST\]|<</?SYS>>|</?(?:system|assistant|user)>",
     re.IGNORECASE,
 )
 _VERDICT = re.compile(
-    rf"</?\s*(?:{_MARKUP_NAMES})\b[^<>\n]*>"
-    rf"|[\"'](?:{_MARKUP_NAMES}|satisfied|passed)[\"']\s*:"
-    rf"|^[ \t>*_#]*(?:final\s+)?(?:{_MARKUP_NAMES})[*_]*\s*[:=\uff1a][*_\s]*(?:yes|no|true|false|pass(?:ed)?|\[*\d)"
-    r"|\[\[\s*(?:[A-C]|yes|no|\d+(?:\.\d+)?)\s*\]\]",
+    rf"</?\s*(?:{_RULING})\b[^<>\n]*>"
+    rf"|[\"'](?:verdict|rationale|satisfied)[\"']\s*:"
+    rf"|^[ \t>*_#]*(?:final\s+)?(?:{_RULING}|{_MARKS})[*_]*\s*[:=\uff1a][*_\s]*"
+    r"(?:(?:yes|no|true|false|pass(?:ed)?)\b(?=[\W_]*$|[.,;:(])"
+    r"|\[*\d+(?:\.\d+)?\]*(?:\s*(?:/|out of)\s*\d+)?[*_.!\s]*$)"
+    r"|\[\[\s*(?:[A-C]|yes|no|\d+(?:\.\d+)?)\s*\]\]"
+    r"|^[ \t]*does it\b[^\n]{1,200}\?\s*yes or no\b",  # rubric.judge_prompt's own question
     re.IGNORECASE | re.MULTILINE,
 )
-_TO_THE_JUDGE = re.compile(
+_GRADER = r"(?:judge|grader|evaluator|reviewer|assessor|examiner)s?"
+_GIVE = r"(?:answer|reply|respond|say|output|give|award|return|write|rate|score|mark|grade)\b"
+_PRAISE = (
+    r"(?:\"?(?:yes|true|satisfied|passed?)\b|(?:full|top|maximum|highest|perfect)\s+(?:marks?|scores?|credit|points|"
+    r"rating)|\d+\s*(?:/|out of)\s*\d+|(?:it|this|that)\s+(?:is|was)\s+(?:good|right|correct|perfect|satisfied))"
+)
+_TO_THE_JUDGE = re.compile(  # orders that name a verdict in the form that judges give it, not any sentence on a judge
     r"\b(?:ignore|disregard|forget)\b.{0,40}\b(?:instructions?|rubric|criteria|criterion)\b"
-    r"|\b(?:judge|grader|evaluator|reviewer|assessor)s?\b.{0,40}\b(?:must|should|please|answer|reply|say|output|give)\b"
-    r"|\b(?:answer|reply|respond|output|say|give)\b.{0,20}\"?(?:yes\b|full (?:marks|score|credit)|\d+\s*/\s*10)"
-    r".{0,30}\b(?:every|all|each|any)\b.{0,20}\b(?:criterion|criteria|question)"
+    rf"|\b{_GRADER}\b.{{0,20}}\b(?:must|should|please|ought to|has to|have to|is to|are to|will)\b"
+    rf".{{0,12}}\b{_GIVE}.{{0,20}}{_PRAISE}"
+    rf"|\bplease\b.{{0,20}}\b{_GRADER}\b.{{0,20}}\b{_GIVE}.{{0,20}}{_PRAISE}"
+    rf"|\b{_GIVE}.{{0,20}}{_PRAISE}.{{0,30}}\b(?:every|all|each|any)\b.{{0,20}}\b(?:criterion|criteria|questions?)\b"
     r"|\b(?:all|every|each)\b.{0,20}\b(?:criterion|criteria)\b.{0,20}\b(?:is|are|have been|has been)\b.{0,12}"
     r"\b(?:met|satisfied|fulfilled)\b",
     re.IGNORECASE,

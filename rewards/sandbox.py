@@ -7,79 +7,51 @@ nothing but limits. isolation() says which it is and what it leaves open.
 import asyncio
 import math
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 from asyncio.subprocess import DEVNULL, PIPE, Process
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, fields
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
+
+from trimtab.rewards.isolation import cgroups, seccomp
+from trimtab.rewards.isolation.enclosure import MECHANISMS, Mechanism
+from trimtab.rewards.isolation.usage import family_of, fits
+from trimtab.rewards.threads import Threads
 
 WATCH_SECONDS = 0.1
 """Time between two looks at the memory, the processes and the folder of a run."""
-MAX_ENTRIES = 10_000
-"""Files and folders in the folder of a run, at most."""
+PROBES = 3
+"""Tries of a mechanism before it counts as not working: one that a busy machine spoils demotes nobody."""
+WATCH = Threads("the sandbox's watch", 256)
+ENCLOSING = 16
+"""Threads that a control group leaves to what encloses a run and starts it."""
 
-_SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc/alternatives", "/etc/fonts", "/etc/group")
-_SYSTEM_FILES = ("/etc/ld.so.cache", "/etc/localtime", "/etc/nsswitch.conf", "/etc/passwd")
-_SHM = 16 * 2**20
-
-# As root of its own namespaces: build a read-only tree on /sys (which is not needed), move into it, give up all rights.
-_ENTER = """
-set -e
-parent=$1 folder=$2; shift 2
-while read -r key value; do
-    [ "$key" != PPid: ] || [ "$value" = "$parent" ] || exit 1
-done < /proc/self/status
-mount -t tmpfs -o size=4m tmpfs /sys
-mkdir /sys/sandbox
-mount -t tmpfs -o mode=755,size=4m tmpfs /sys/sandbox
-cd /sys/sandbox
-while [ "$1" != -- ]; do
-    case $1 in */*) mkdir -p ".${1%/*}" ;; esac
-    if [ -L "$1" ]; then ln -s "$(readlink "$1")" ".$1"
-    elif [ -d "$1" ]; then mkdir -p ".$1"; mount --rbind "$1" ".$1"
-    else touch ".$1"; mount --bind "$1" ".$1"
-    fi
-    shift
-done
-shift
-while read -r _ _ _ _ point options _; do
-    case $point in
-        /sys/sandbox/*) mount -o "remount,bind,ro,nosuid,nodev,${options#r[ow],}" "$(printf %b "$point")" ;;
-    esac
-done < /proc/self/mountinfo
-mkdir -p dev proc ".$folder" old
-for device in null zero full random urandom; do touch dev/$device; mount --bind /dev/$device dev/$device; done
-ln -s /proc/self/fd dev/fd
-ln -s pts/ptmx dev/ptmx
-mkdir dev/pts dev/shm
-mount -t devpts -o newinstance,ptmxmode=0666,mode=620,nosuid,noexec devpts dev/pts
-mount -t tmpfs -o nosuid,nodev,size=@SHM@ tmpfs dev/shm
-mount -t proc -o ro,nosuid,nodev,noexec proc proc
-mount --bind "$folder" ".$folder"
-pivot_root . old
-umount -l old
-mount -o remount,bind,ro,nosuid,nodev /
-cd "$folder"
-setpriv --no-new-privs --bounding-set=-all --inh-caps=-all --ambient-caps=-all "$@" && exit 0 || exit $?
-""".replace("@SHM@", str(_SHM))
-
-_LIMIT = """
-import os, resource, sys
-cpu, memory, file, processes = map(int, sys.argv[1:5])
+_LIMIT = (
+    seccomp.LOADER
+    + """
+import os, resource, select, sys
+cpu, memory, file, processes, lifeline = map(int, sys.argv[1:6])
+if lifeline >= 0:  # bubblewrap gets no signal if we died before it asked for one
+    poll = select.poll()
+    poll.register(lifeline, select.POLLIN)
+    if poll.poll(0):
+        sys.exit(1)
+    os.close(lifeline)
 resource.setrlimit(resource.RLIMIT_CPU, (cpu, cpu + 1))
 resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
 resource.setrlimit(resource.RLIMIT_FSIZE, (file, file))
 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 if processes:
     resource.setrlimit(resource.RLIMIT_NPROC, (processes, processes))
-os.execvp(sys.argv[5], sys.argv[5:])
+load(sys.argv[6])
+os.execvp(sys.argv[7], sys.argv[7:])
 """
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,10 +59,11 @@ class Limits:
     """What a run may use; beyond it, the run is killed or the system call fails.
 
     cpu_seconds is of each process. memory_mb (MiB) is the address space of each process and the resident memory of all
-    together, where a page that several share counts for each. processes counts those of the run, with their threads
-    where the system counts them. file_mb (MiB) is the size of a file and of all files together, of which there may be
-    MAX_ENTRIES. output_bytes is of stdout and of stderr, each. What holds for all together is looked at every
-    WATCH_SECONDS, so a run can be beyond it for that long.
+    together, where a page that several share counts for each. processes counts those of the run, each thread as one.
+    file_mb (MiB) is the size of a file and of all files together, of which there may be MAX_ENTRIES; those that have no
+    name any more and are held open count. output_bytes is of stdout and of stderr, each. What holds for all together is
+    looked at every WATCH_SECONDS, so a run can be beyond it for that long; where this process may make control groups
+    (isolation() says so), never beyond ENCLOSING threads more, and memory_mb and file_mb together.
     """
 
     cpu_seconds: int = 10
@@ -104,6 +77,24 @@ class Limits:
         for field in fields(self):
             if not getattr(self, field.name) > 0:
                 raise ValueError(f"limit {field.name} must be above 0, got {getattr(self, field.name)}")
+
+
+CONTROL_GROUPS = "; each run in a control group of its own, which bounds its memory and processes and ends what is left"
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A launched program, which may write to folder alone, its limits and its control group."""
+
+    process: Process
+    folder: Path
+    limits: Limits
+    group: cgroups.Group
+
+    def kill(self) -> None:
+        """Kill the program with its group, and with its namespace where it has one."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,44 +119,69 @@ class Result:
         return self.exceeded == "output_bytes"
 
 
-@dataclass(frozen=True, slots=True)
-class Mechanism:
-    """A way to enclose a program: namespaces tells whether it has its own network, files and processes."""
-
-    name: str
-    statement: str
-    namespaces: bool
-    enclose: Callable[[Sequence[str], Path], list[str]]
-
-
 def isolation() -> str:
     """What this machine enforces on a sandboxed program, and what it does not, in words."""
-    chosen = mechanism()
-    return f"{chosen.name}: {chosen.statement}"
+    try:
+        chosen = mechanism()
+    except SandboxError as error:
+        return f"none: {error}"
+    return f"{chosen.name}: {chosen.statement}{CONTROL_GROUPS if cgroups.places() else ''}"
 
 
-@cache
+class SandboxError(RuntimeError):
+    """Nothing on this machine encloses code, and nobody has said that limits alone will do."""
+
+
+_limits_will_do = False
+
+
+def accept_limits_only(accept: bool = True) -> None:
+    """Say whether code may run with limits alone where nothing encloses it; what that leaves open, isolation() says."""
+    global _limits_will_do
+    _limits_will_do = accept
+
+
 def mechanism() -> Mechanism:
-    """The strongest mechanism that works here."""
-    return next(candidate for candidate in MECHANISMS if works(candidate))
+    """The strongest mechanism that works here.
+
+    Raises:
+        SandboxError: nothing encloses code here, and limits alone were not accepted.
+    """
+    found = next(candidate for candidate in MECHANISMS if candidate is MECHANISMS[-1] or works(candidate))
+    if not found.namespaces and not _limits_will_do:
+        raise SandboxError(
+            "nothing encloses the code of a model on this machine: install bubblewrap or allow user namespaces; to run "
+            f"it with limits alone, say so with --sandbox limits ({found.statement})"
+        )
+    return found
 
 
 @cache
 def works(candidate: Mechanism) -> bool:
-    """Whether a program runs in the mechanism on this machine; tried, not guessed."""
+    """Whether a program runs in the mechanism on this machine; tried, not guessed, and tried again if it fails."""
+    return any(_runs(candidate) for _ in range(PROBES))
+
+
+def _runs(candidate: Mechanism) -> bool:
     with tempfile.TemporaryDirectory(prefix="trimtab-") as folder:
-        argv = candidate.enclose([sys.executable, "-I", "-c", "pass"], Path(folder).resolve())
         try:
+            argv = command([sys.executable, "-I", "-c", "pass"], Path(folder).resolve(), Limits(), within=candidate)
             return subprocess.run(argv, capture_output=True, timeout=30).returncode == 0
         except (OSError, subprocess.TimeoutExpired):
             return False
 
 
-def command(argv: Sequence[str], folder: Path, limits: Limits, *, within: Mechanism | None = None) -> list[str]:
+def command(
+    argv: Sequence[str], folder: Path, limits: Limits, *, within: Mechanism | None = None, lifeline: int = -1
+) -> list[str]:
     """The command that runs argv with folder as its working directory and only writable place.
 
     The program sees a fresh environment, the system's programs and libraries, this Python with its packages, and
     folder under its own path. The limits that a watcher enforces are not part of the command: launch has them.
+
+    Args:
+        lifeline: descriptor of a pipe whose other end this process alone holds: if that is closed when the program
+            would start, it does not.
 
     Raises:
         ValueError: folder is not an absolute path of a directory.
@@ -179,8 +195,9 @@ def command(argv: Sequence[str], folder: Path, limits: Limits, *, within: Mechan
     environment |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
     # outside a namespace the system counts all processes of the user, not those of the run
     processes = limits.processes if within.namespaces else 0
-    numbers = (math.ceil(limits.cpu_seconds), limits.memory_mb * 2**20, limits.file_mb * 2**20, processes)
-    limited = [sys.executable, "-I", "-S", "-c", _LIMIT, *map(str, numbers), *argv]
+    numbers = (math.ceil(limits.cpu_seconds), limits.memory_mb * 2**20, limits.file_mb * 2**20, processes, lifeline)
+    filter_ = seccomp.program(network=within.namespaces)
+    limited = [sys.executable, "-I", "-S", "-c", _LIMIT, *map(str, numbers), filter_, *argv]
     # outermost, because the environment of the enclosing program can be read from within
     return ["env", "-i", *(f"{name}={value}" for name, value in environment.items()), *within.enclose(limited, folder)]
 
@@ -199,19 +216,21 @@ async def run(
         ValueError: folder is not a directory.
     """
     stdout, stderr = bytearray(), bytearray()
-    async with launch(argv, folder=folder, limits=limits, pipes=True, within=within) as process:
+    async with launch(argv, folder=folder, limits=limits, pipes=True, within=within) as running:
+        process = running.process
         assert process.stdin and process.stdout and process.stderr
         ended = asyncio.create_task(_ended(process))
         readers = {
             asyncio.create_task(_read(process.stdout, stdout, limits.output_bytes)),
             asyncio.create_task(_read(process.stderr, stderr, limits.output_bytes)),
         }
-        watcher = asyncio.create_task(watch(process, folder, limits))
+        watcher = asyncio.create_task(watch(running))
         feeder = asyncio.create_task(_feed(process.stdin, stdin.encode(errors="replace")))
         try:
             exceeded = await _first_limit(ended, {*readers, watcher}, limits.wall_seconds)
-            kill(process)
+            running.kill()
             await _ended(process)
+            exceeded = exceeded or _out_of_memory(running)
             await asyncio.wait(readers, timeout=1.0)  # a process that left its group may hold the pipes open
         finally:
             for task in (ended, *readers, watcher, feeder):
@@ -225,44 +244,58 @@ async def run(
 @asynccontextmanager
 async def launch(
     argv: Sequence[str], *, folder: Path, limits: Limits, pipes: bool = False, within: Mechanism | None = None
-) -> AsyncIterator[Process]:
+) -> AsyncIterator[Running]:
     """The program running in the sandbox, with pipes to it or cut off; killed with all its children at the end.
 
     Pair it with watch, which has the limits on all processes together.
     """
     stream = PIPE if pipes else DEVNULL
-    process = await asyncio.create_subprocess_exec(
-        *command(argv, folder.resolve(), limits, within=within),
-        stdin=stream,
-        stdout=stream,
-        stderr=stream,
-        cwd=folder,
-        start_new_session=True,
-    )
+    lifeline, ours = os.pipe()
+    group = cgroups.make(limits.memory_mb + limits.file_mb, limits.processes + ENCLOSING)
     try:
-        yield process
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *group.enter(),
+                *command(argv, folder.resolve(), limits, within=within, lifeline=lifeline),
+                stdin=stream,
+                stdout=stream,
+                stderr=stream,
+                cwd=folder,
+                start_new_session=True,
+                pass_fds=(lifeline,),
+            )
+        finally:
+            os.close(lifeline)
+        running = Running(process, folder, limits, group)
+        try:
+            yield running
+        finally:
+            running.kill()
+            await asyncio.shield(_ended(process))
     finally:
-        kill(process)
-        await asyncio.shield(_ended(process))
+        os.close(ours)
+        if group.folders:
+            await asyncio.shield(WATCH.run(group.remove))
 
 
-def kill(process: Process) -> None:
-    """Kill a launched program with its group, and with its namespace where it has one."""
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-
-
-async def watch(process: Process, folder: Path, limits: Limits) -> str:
+async def watch(running: Running) -> str:
     """Look at the run until it goes beyond a limit that holds for all its processes together; return the limit."""
+    folder, limits = running.folder, running.limits
     while True:
-        processes, memory = _family(process.pid)
-        if processes > limits.processes:
+        if exceeded := _out_of_memory(running):
+            return exceeded
+        family = family_of(running.process.pid)
+        if family.threads > limits.processes:
             return "processes"
-        if memory > limits.memory_mb * 2**20:
+        if family.memory > limits.memory_mb * 2**20:
             return "memory_mb"
-        if not await asyncio.to_thread(_fits, folder, limits.file_mb * 2**20):
+        if not await WATCH.run(partial(fits, folder, limits.file_mb * 2**20 - family.unlinked)):
             return "file_mb"
         await asyncio.sleep(WATCH_SECONDS)
+
+
+def _out_of_memory(running: Running) -> str:
+    return "memory_mb" if running.group.out_of_memory() else ""
 
 
 @asynccontextmanager
@@ -272,7 +305,7 @@ async def scratch() -> AsyncIterator[Path]:
     try:
         yield folder
     finally:
-        await asyncio.shield(asyncio.to_thread(_remove, folder))
+        await asyncio.shield(WATCH.run(partial(_remove, folder)))
 
 
 def _remove(folder: Path) -> None:
@@ -317,84 +350,3 @@ async def _feed(stream: asyncio.StreamWriter, data: bytes) -> None:
         stream.write(data)
         await stream.drain()
         stream.close()
-
-
-def _family(pid: int) -> tuple[int, int]:
-    """Number and resident bytes of a process's descendants; the launched one itself is counted with them."""
-    count, pages, queue = 0, 0, [pid]
-    while queue:
-        current = queue.pop()
-        with suppress(OSError, IndexError):  # it ended meanwhile
-            pages += int(Path(f"/proc/{current}/statm").read_text().split()[1])
-            count += 1
-            for task in os.listdir(f"/proc/{current}/task"):
-                queue += map(int, Path(f"/proc/{current}/task/{task}/children").read_text().split())
-    return count, pages * os.sysconf("SC_PAGE_SIZE")
-
-
-def _fits(folder: Path, most: int) -> bool:
-    """Whether the files of a folder, as far as they can be looked at, take at most so many bytes."""
-    size, entries, queue = 0, 0, [str(folder)]
-    while queue:
-        try:
-            with os.scandir(queue.pop()) as found:
-                for entry in found:
-                    entries += 1
-                    if entry.is_dir(follow_symlinks=False):
-                        queue.append(entry.path)
-                    with suppress(FileNotFoundError):
-                        size += entry.stat(follow_symlinks=False).st_blocks * 512
-                    if size > most or entries > MAX_ENTRIES:
-                        return False
-        except FileNotFoundError:
-            continue
-        except OSError:  # locked or nested too deep to be looked at: whatever it hides does not fit
-            return False
-    return True
-
-
-def _readable() -> list[str]:
-    """What a sandboxed program may read: the system's programs, this Python and its packages."""
-    prefixes = (sys.prefix, sys.base_prefix)
-    paths = dict.fromkeys([*_SYSTEM, *_SYSTEM_FILES, *prefixes, *map(os.path.realpath, prefixes)])
-    return [path for path in paths if os.path.lexists(path) and (path == "/usr" or not path.startswith("/usr"))]
-
-
-def _bubblewrap(argv: Sequence[str], folder: Path) -> list[str]:
-    options = ["--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL"]
-    for path in _readable():
-        options += ["--symlink", os.readlink(path), path] if os.path.islink(path) else ["--ro-bind", path, path]
-    options += ["--dev", "/dev", "--size", str(_SHM), "--tmpfs", "/dev/shm", "--remount-ro", "/dev"]
-    options += ["--proc", "/proc", "--remount-ro", "/proc", "--bind", str(folder), str(folder)]
-    return [shutil.which("bwrap") or "bwrap", *options, "--remount-ro", "/", "--chdir", str(folder), "--", *argv]
-
-
-def _namespaces(argv: Sequence[str], folder: Path) -> list[str]:
-    # a process whose parent died before it asked for the signal gets none: each looks whether its parent is still there
-    flags = "--user --map-root-user --mount --pid --fork --kill-child --net --ipc --uts"
-    check = f'[ "$PPID" = "$1" ] && shift && exec unshare {flags} sh -c "$0" sh $$ "$@"'
-    enter = ["sh", "-c", check, _ENTER, str(os.getpid()), str(folder), *_readable(), "--", *argv]
-    return ["setpriv", "--pdeathsig", "KILL", *enter]
-
-
-def _nothing(argv: Sequence[str], folder: Path) -> list[str]:
-    return list(argv)
-
-
-_ENCLOSED = (
-    "no network, no files but the system's, Python's and its own folder, all but the folder read-only, "
-    "no sight of other processes, nothing left running"
-)
-MECHANISMS = (
-    Mechanism("bubblewrap", _ENCLOSED, True, _bubblewrap),
-    Mechanism("namespaces (util-linux)", _ENCLOSED, True, _namespaces),
-    Mechanism(
-        "limits only",
-        "CPU time, memory, processes, file size, output and time are limited, but the network is open, all files of "
-        "this user can be read and changed, its processes can be signalled, and a process that leaves its group "
-        "outlives the run; install bubblewrap, or allow user namespaces",
-        False,
-        _nothing,
-    ),
-)
-"""From the strongest to the weakest, which always works."""

@@ -132,7 +132,7 @@ def test_rubric_parts_tell_the_judge_from_the_truth():
     }
 
 
-@pytest.mark.parametrize("verdict", ["", "yes, I think", "错"])
+@pytest.mark.parametrize("verdict", ["", "I think yes", "错"])
 def test_a_verdict_that_cannot_be_parsed_voids_the_episode(verdict):
     async def judge(prompt: str) -> str:
         return verdict

@@ -54,8 +54,9 @@ def running_in(folder: Path) -> list[int]:
 
 
 def no_process_left_in(folder: Path) -> bool:
-    """Whether the processes of kernels are gone within 5 seconds."""
-    deadline = time.monotonic() + 5
+    """Whether the processes of kernels are gone within 30 seconds: a busy machine takes namespaces down slowly, and one
+    that is left would idle for ever."""
+    deadline = time.monotonic() + 30
     while running_in(folder) and time.monotonic() < deadline:
         time.sleep(0.05)
     return not running_in(folder)
@@ -94,7 +95,8 @@ def test_syntax_that_is_none_is_an_error_too(execute):
 
 
 def test_long_output_is_cut_with_a_notice(execute):
-    assert execute("print('x' * 1234)") == "x" * 500 + "\n... (output truncated: 734 more characters)"
+    notice = "\n... (output truncated: 734 characters left out) ...\n"
+    assert execute("print('x' * 1234)") == "x" * 334 + notice + "x" * 166
 
 
 def test_asking_the_user_is_an_error_and_not_a_wait(execute):
@@ -217,6 +219,8 @@ BENCHMARK = Path(__file__).parent.parent / "benchmarks" / "interpreter.py"
 
 
 def test_the_benchmark_finds_nothing_left_behind(folders):
+    if not mechanism().namespaces:
+        pytest.skip(isolation())
     argv = [sys.executable, BENCHMARK, "--episodes", "2", "--concurrency", "2"]
     done = subprocess.run(argv, capture_output=True, text=True, env={**os.environ, "TMPDIR": str(folders)})
     assert (done.returncode, done.stderr) == (0, "") and "| processes before and after | 0, 0 |" in done.stdout
@@ -225,7 +229,7 @@ def test_the_benchmark_finds_nothing_left_behind(folders):
 @pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGKILL])
 def test_a_program_that_is_interrupted_or_killed_leaves_no_kernel_behind(signal_number, folders):
     """One that is killed cannot remove its folders; a kernel without namespaces would outlive it."""
-    if signal_number == signal.SIGKILL and not mechanism().namespaces:
+    if not mechanism().namespaces:
         pytest.skip(isolation())
     program = subprocess.Popen(
         [sys.executable, BENCHMARK], env={**os.environ, "TMPDIR": str(folders)}, stdout=-1, stderr=-1
@@ -235,7 +239,7 @@ def test_a_program_that_is_interrupted_or_killed_leaves_no_kernel_behind(signal_
             assert program.poll() is None
             time.sleep(0.05)
         program.send_signal(signal_number)
-        program.communicate(timeout=30)
+        program.communicate(timeout=120)  # of a busy machine
     finally:
         program.kill()
     assert nothing_left_in(folders) if signal_number == signal.SIGINT else no_process_left_in(folders)
@@ -264,7 +268,7 @@ def test_an_interpreter_that_is_dropped_takes_its_kernel_with_it(folders):
 def test_a_kernel_that_cannot_start_voids_the_episode(folders):
     limits = replace(KERNEL_LIMITS, memory_mb=40)
     env = ToolEnv("?", [Interpreter(limits=limits)], outcome("1"))
-    with pytest.raises(VoidEpisode, match="kernel ended at its start"):
+    with pytest.raises(VoidEpisode, match="kernel did not start"):
         asyncio.run(play_and_close(env, python("1")))
     assert nothing_left_in(folders)
 

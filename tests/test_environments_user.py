@@ -63,10 +63,39 @@ def test_the_user_sees_what_both_said_and_neither_reasoning_nor_calls_nor_result
     assert seen == [(Message("user", "2 + 3?"), Message("assistant", "A moment."), Message("assistant", "5"))]
 
 
-@pytest.mark.parametrize(("words", "last"), [(END, ()), (f" Thanks. {END} ", (Message("user", "Thanks."),))])
-def test_the_end_is_not_shown_to_the_policy(words, last):
+def test_the_end_alone_ends_the_episode_and_is_not_shown_to_the_policy():
+    step = say(UserEnv("One?", scripted_user([END]), [], count), "1")
+    assert step.done and step.replies == ()
+
+
+def test_the_policy_acts_once_more_on_the_users_last_words():
+    env = UserEnv("Shall I add?", scripted_user([f" Yes, please do. {END} "]), [tool(add)], count)
+    step = say(env, "I can.")
+    assert (step.done, step.replies) == (False, (Message("user", "Yes, please do."),))
+    step = say(env, "", ToolCall("add", {"a": 1, "b": 2}))
+    assert (step.done, step.replies) == (False, (Message("tool", "3"),))
+    step = say(env, "It is 3.")
+    assert (step.done, step.replies) == (True, ())
+    assert step.rewards == {"messages": 7.0}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        f"<think>They may say {END} soon. {END}</think> And two?",
+        f"I say {END} soon.</think>And two?",
+        f"Not {END}: And two?",
+    ],
+)
+def test_an_end_that_is_thought_or_mentioned_is_none(words):
     step = say(UserEnv("One?", scripted_user([words]), [], count), "1")
-    assert step.done and step.replies == last
+    assert not step.done and step.replies[0].content.endswith("And two?")
+    assert END not in step.replies[0].content and "think" not in step.replies[0].content
+
+
+def test_a_user_who_thinks_and_says_nothing_voids_the_episode():
+    with pytest.raises(VoidEpisode, match="0 characters"):
+        say(UserEnv("One?", scripted_user([f"<think>Shall I say {END}"]), [], count), "1")
 
 
 @pytest.mark.parametrize("words", ["", "  ", "x" * 21, None])

@@ -13,7 +13,7 @@ from trimtab.rewards.code import (
     same_value,
 )
 from trimtab.rewards.sandbox import Limits
-from trimtab.rewards.types import Check
+from trimtab.rewards.types import Check, VerifierError
 
 SUMS = (CallTest((1, 2), 3), CallTest((-1, 1), 0))
 GREETINGS = (ProgramTest("Ann\n", "Hello, Ann\n"), ProgramTest("Bob\n", "Hello, Bob"))
@@ -102,7 +102,7 @@ def test_the_value_that_is_expected_is_nowhere_to_be_found_while_arguments_are()
 @pytest.mark.parametrize(
     ("code", "reason"),
     [
-        ("def add(a, b):\n    return {a, b}", "exit status 1"),
+        ("def add(a, b):\n    return object()", "exit status 1"),
         ("def add(a, b)\n    return a", "exit status 1"),
         ("def plus(a, b):\n    return a + b", "no attribute 'add'"),
         ("def add(a, b):\n    raise KeyError('lost')", "KeyError: 'lost'"),
@@ -163,3 +163,75 @@ def test_tests_and_names_that_make_no_sense_are_refused():
         calls("", "import os; os.x")
     with pytest.raises(ValueError, match="must be JSON values"):
         CallTest(({1, 2},), 3)
+
+
+def test_a_program_that_needs_common_names_without_an_import_passes():
+    code = (
+        "class Solution:\n    def top(self, a: List[int], k: int) -> Optional[int]:\n        return nlargest(k, a)[-1]"
+    )
+    assert calls(code, "Solution.top", [CallTest(([3, 1, 2], 2), 2)]).all_passed
+    assert programs("print(sum(defaultdict(int, a=1).values()), math.gcd(4, 6))", [ProgramTest("", "1 2")]).all_passed
+    future = "from __future__ import annotations\nimport sys\nprint(len(sys.argv), __name__)"
+    assert programs(future, [ProgramTest("", "1 __main__")]).all_passed
+
+
+@pytest.mark.parametrize(
+    ("returned", "value"),
+    [
+        ("__import__('numpy').int64(3)", 3),
+        ("__import__('numpy').arange(3) / 2", [0.0, 0.5, 1.0]),
+        ("__import__('numpy').bool_(True)", True),
+        ("{2, 3, 1}", [1, 2, 3]),
+        ("[3, 1, 2]", {1, 2, 3}),
+        ("{(1, 2): {3}}.values()", [[3]]),
+        ("deque([1, 2])", [1, 2]),
+        ("Counter('aab')", {"a": 2, "b": 1}),
+        ("{1: 'x'}", {"1": "x"}),
+        ("range(3)", [0, 1, 2]),
+        ("(i * i for i in range(3))", [0, 1, 4]),
+        ("__import__('fractions').Fraction(1, 2)", 0.5),
+        ("0.30000000001", 0.3),
+    ],
+)
+def test_values_of_common_types_are_taken(returned, value):
+    assert calls(f"def give():\n    return {returned}", "give", [CallTest((), value)]).all_passed
+
+
+@pytest.mark.parametrize(("returned", "value"), [("[2, 1]", [1, 2]), ("[1, 1, 2]", {1, 2}), ("'3'", 3), ("1.5", 1)])
+def test_values_that_differ_are_refused(returned, value):
+    assert not calls(f"def give():\n    return {returned}", "give", [CallTest((), value)]).all_passed
+
+
+@pytest.mark.parametrize(
+    ("printed", "stdout", "right"),
+    [
+        ("0.5", "0.50", True),
+        ("x = 0.3333333333", "x = 0.33333333", True),
+        ("1e-3", "0.001", True),
+        ("3.0", "3", True),
+        ("0.5", "0.51", False),
+        ("12", "12.5", False),
+        ("07", "7", False),
+        ("1  2", "1 2", False),
+        ("1 2", "1\n2", False),
+        ("1.0 2", "1 3", False),
+    ],
+)
+def test_printed_fractions_agree_in_value_and_all_else_to_the_letter(printed, stdout, right):
+    assert programs(f"print({printed!r})", [ProgramTest("", stdout)]).all_passed is right
+
+
+def test_several_outputs_may_be_right_and_a_checker_may_decide():
+    assert programs("print('YES')", [ProgramTest("", "yes", accepted=("Yes", "YES"))]).all_passed
+    assert calls("def f(): return [2, 1]", "f", [CallTest((), [1, 2], accepted=([2, 1],))]).all_passed
+    roots = CallTest((), 1.41421, check=lambda found: abs(found * found - 2) < 1e-3)
+    assert calls("def f(): return -1.4142", "f", [roots]).all_passed
+    assert not calls("def f(): return 1.5", "f", [roots]).all_passed
+    assert programs("print(7)", [ProgramTest("", "3", check=lambda text: int(text) % 2 == 1)]).all_passed
+
+
+def test_a_check_that_breaks_at_what_is_right_says_nothing_and_at_other_output_says_no():
+    odd = ProgramTest("", "3", check=lambda text: int(text) % 2 == 1)
+    assert not programs("print('seven')", [odd]).all_passed
+    with pytest.raises(VerifierError, match="breaks at what is right, 'three'"):
+        programs("print('seven')", [ProgramTest("", "three", check=odd.check)])

@@ -8,6 +8,7 @@ from trimtab.rewards.constraints import (
     KINDS,
     constraint,
     constraint_score,
+    count_bullets,
     count_paragraphs,
     count_sentences,
     count_words,
@@ -16,7 +17,17 @@ from trimtab.rewards.constraints import (
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("", 0), ("don't stop, well-known 3.5!", 4), ("我有two books", 4), ("**bold** - dash", 2), ("a\n\nb", 2)],
+    [
+        ("", 0),
+        ("don't stop, well-known 3.5!", 4),
+        ("我有two books", 4),
+        ("**bold** - dash", 2),
+        ("a\n\nb", 2),
+        ("हिन्दी बहुत सुंदर भाषा है", 5),  # vowel signs are no letters to Python's \\w
+        ("கணினி அறிவியல்", 2),
+        ("cafe\u0301 au lait", 3),
+        ("می\u200cروم تند", 2),
+    ],
 )
 def test_words_are_counted(text, words):
     assert count_words(text) == words
@@ -33,6 +44,14 @@ def test_words_are_counted(text, words):
         ('He said "no." Then he left.', 2),
         ("好。真的吗\uff1f是", 3),
         ("...", 0),
+        ("1. Buy milk.", 1),
+        ("1. Buy milk.\n2) Go home.\n", 2),
+        ("- One. Two.\n- Three", 3),
+        ("(a) First. (b) second", 2),
+        ("* * *\nOne.", 1),
+        ("We left at 3 p.m. by train. It was late.", 2),
+        ("So do I. You too. No. See No. 5 there.", 4),
+        ("यह एक वाक्य है। यह दूसरा है।", 2),
     ],
 )
 def test_sentences_are_counted(text, sentences):
@@ -44,6 +63,34 @@ def test_sentences_are_counted(text, sentences):
 )
 def test_paragraphs_are_counted(text, paragraphs):
     assert count_paragraphs(text) == paragraphs
+
+
+@pytest.mark.parametrize(
+    ("text", "bullets"),
+    [("* * *", 0), ("- - -\n- a", 1), ("***\n\u2022 a\n  * b", 2), ("**bold** x", 0), ("-5 degrees", 0)],
+)
+def test_bullets_are_counted_and_rules_are_none(text, bullets):
+    assert count_bullets(text) == bullets
+
+
+@pytest.mark.parametrize(
+    ("phrase", "text", "there"),
+    [
+        ("кот", "Котлета готова", False),
+        ("кот", "Спит Кот.", True),
+        ("बहु", "यह बहुत है", False),
+        ("बहुत", "यह बहुत है", True),
+        ("él", "élève", False),
+        ("caf\u00e9", "un cafe\u0301!", True),
+        ("stra\u00dfe", "HAUPTSTRASSE", False),
+        ("stra\u00dfe", "DIE STRASSE", True),
+        ("cat", "我有cat食", True),
+        ("C++", "C++ it is", True),
+    ],
+)
+def test_phrases_are_whole_words_in_any_script(phrase, text, there):
+    assert constraint("includes", phrases=[phrase]).check(text).passed is there
+    assert constraint("excludes", phrases=[phrase]).check(text).passed is not there
 
 
 FOLLOWED = [  # kind, options, an answer that follows, one that does not, why it does not

@@ -30,14 +30,16 @@ def score(answer: str, criteria: tuple[Criterion, ...], verdicts: dict[str, str]
     return asyncio.run(rubric_score(answer, Rubric(criteria), judge_that_says(verdicts)))
 
 
-@pytest.mark.parametrize(("text", "verdict"), [("yes", True), (" No\n", False), ("YES", True)])
+@pytest.mark.parametrize(
+    ("text", "verdict"), [("yes", True), (" No\n", False), ("YES", True), ("<think>no?</think>yes", True)]
+)
 def test_a_verdict_is_yes_or_no(text, verdict):
     assert parse_verdict(text) is verdict
 
 
-@pytest.mark.parametrize("text", ["", "yes.", "yes and no", "maybe", "1", "yesyes", "ye s"])
+@pytest.mark.parametrize("text", ["", "yes and no", "maybe", "1", "yesyes", "ye s"])
 def test_any_other_verdict_is_refused(text):
-    with pytest.raises(ValueError, match="'yes' or 'no'"):
+    with pytest.raises(ValueError, match="begins with yes or no"):
         parse_verdict(text)
 
 
@@ -94,5 +96,20 @@ def test_all_criteria_are_asked_at_the_same_time():
 def test_a_rubric_without_criteria_and_a_weight_of_zero_are_refused():
     with pytest.raises(ValueError, match="at least one"):
         Rubric(())
-    with pytest.raises(ValueError, match="above 0, got 0"):
+    with pytest.raises(ValueError, match="above 0, or below for a fault, got 0"):
         Criterion("rhyme", 0)
+
+
+def test_a_fault_takes_its_weight_off_and_nothing_falls_below_0():
+    fault = Criterion("insult the reader", -2.0, lambda text: "fool" in text)
+    verdicts = {"boat?": "yes", "kind?": "no", "reader?": "yes"}
+    assert score("a boat, fool", (BOAT, KIND, fault), verdicts).score == pytest.approx((3 - 2) / 7)
+    assert score("a boat", (BOAT, KIND, fault), verdicts | {"reader?": "no"}).score == pytest.approx(3 / 7)
+    worst = score("fool", (BOAT, KIND, fault), {"boat?": "no", "kind?": "no", "reader?": "yes"})
+    assert (worst.score, worst.truth) == (0.0, 0.0)
+    with pytest.raises(ValueError, match="nothing to earn"):
+        Rubric((fault,))
+
+
+def test_what_an_answer_holds_is_no_markup_of_the_judges_prompt():
+    assert judge_prompt("</text> <b>", BOAT, task="<c>").startswith("Task: &lt;c&gt;\nText: &lt;/text&gt; &lt;b&gt;\n")

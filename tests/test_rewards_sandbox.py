@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from trimtab.rewards import sandbox
+from trimtab.rewards.isolation import cgroups
 from trimtab.rewards.sandbox import MECHANISMS, Limits, Mechanism, Result, isolation, mechanism, scratch, works
 
 LIMITS = Limits(wall_seconds=20.0)
@@ -66,7 +67,8 @@ def gone(marker: str) -> bool:
 
 
 def test_the_isolation_of_this_machine_is_stated_and_is_the_strongest_that_works():
-    assert isolation() == f"{mechanism().name}: {mechanism().statement}"
+    assert isolation().startswith(f"{mechanism().name}: {mechanism().statement}")
+    assert ("control group" in isolation()) == bool(cgroups.places())
     assert mechanism() is next(candidate for candidate in MECHANISMS if works(candidate))
 
 

@@ -99,6 +99,20 @@ def test_verdicts_in_a_code_block_and_in_another_order_are_read():
     assert [verdict.satisfied for verdict in parse_verdicts(text, 2)] == [True, False]
 
 
+@pytest.mark.parametrize(
+    "before", ["<think>c1 {seems} met.</think>\n", "hmm {c1}</think>", "Let me see: c1 [rhymes].\n\n"]
+)
+@pytest.mark.parametrize("form", ["{}", "```json\n{}\n```", "```\n{}\n```\n"])
+def test_a_judge_may_think_before_its_verdicts(before, form):
+    text = before + form.replace("{}", json.dumps({"c1": YES, "c2": NO}))
+    assert [verdict.satisfied for verdict in parse_verdicts(text, 2)] == [True, False]
+
+
+def test_thoughts_without_a_verdict_are_none():
+    with pytest.raises(ValueError, match="Expecting value"):
+        parse_verdicts(f"<think>{json.dumps({'c1': YES, 'c2': NO})}", 2)
+
+
 def test_the_schema_holds_every_verdict_and_nothing_else():
     schema = verdict_schema(2)
     jsonschema.validate({"c1": YES, "c2": NO}, schema)

@@ -2,23 +2,25 @@
 
 import importlib.util
 import random
-from collections.abc import Awaitable, Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import reasoning_gym
 from reasoning_gym.factory import DATASETS
 
-from trimtab.environments.base import Message, Task
-from trimtab.environments.files import Row, read_rows
+from trimtab.environments.adapters.rows import MathsTask, RowReward, RowsTask, SingleTurn, row_reward
+from trimtab.environments.base import Known, Message, Task, VoidEpisode
 from trimtab.environments.split import is_held_out
-from trimtab.environments.tools.functions import Reward, ToolEnv
+from trimtab.environments.tools.functions import ToolEnv
+from trimtab.rewards.gym import fair_mark, takes_canary
+from trimtab.rewards.types import VerifierError
+
+__all__ = ["GymTask", "MathsTask", "RowReward", "RowsTask", "gym_names", "row_reward", "verifiers_task"]
 
 _DRAWS = 10_000
 """Draws of an item before a split counts as empty."""
-
-RowReward = Callable[[Message, Mapping[str, Any]], Mapping[str, float] | Awaitable[Mapping[str, float]]]
-"""Takes the policy's message and the row, returns the named parts of the reward; may be a coroutine function."""
+_TRIED = 2
+"""Items that canaries are tried on when a task is made; they are tried again behind every full mark."""
 
 
 def gym_names() -> tuple[str, ...]:
@@ -30,14 +32,16 @@ class GymTask:
     """A dataset of reasoning-gym by name. A question is held out by its text.
 
     Reward parts: "outcome", 1.0 for the verifier's full mark, else 0.0; "verifier", the mark itself, which also goes to
-    texts that merely contain the answer.
+    texts that merely contain the answer. Answers that name rivals, and full marks that go to anything, earn nothing
+    (rewards/gym.py: fair_mark). A verifier that breaks at the dataset's own answer voids the episode.
 
     Args:
         size: items of the dataset; a few datasets compute all of them at once.
         options: the dataset's own.
 
     Raises:
-        ValueError: an unknown name, or options or a size that the dataset refuses.
+        ValueError: an unknown name, options or a size that the dataset refuses, or a verifier that gives full marks to
+            rubbish (canaries, tried here) where there is no answer to compare with, or none to its own answers.
     """
 
     def __init__(self, name: str, *, seed: int = 0, size: int = 1_000, **options: Any) -> None:
@@ -49,15 +53,10 @@ class GymTask:
             raise ValueError(f"reasoning-gym's {name} refuses size {size} and options {options}: {error}") from error
         self.name = name
         self._size = size
+        self._try_canaries()
 
     def sample(self, rng: random.Random, *, held_out: bool = False) -> Callable[[], ToolEnv]:
-        item = self._draw(rng, held_out=held_out)
-
-        def reward(message: Message) -> Mapping[str, float]:
-            mark = self._mark(message.content.strip(), item)
-            return {"outcome": float(mark == 1.0), "verifier": mark}
-
-        return _single_turn(item["question"], reward)
+        return self._env_of(self._draw(rng, held_out=held_out))
 
     def demonstrate(self, rng: random.Random) -> tuple[Message, ...]:
         """A question and the dataset's answer, without thinking.
@@ -70,11 +69,38 @@ class GymTask:
             raise ValueError(f"reasoning-gym's {self.name} has no answers to demonstrate; leave it out of a cold start")
         return Message("user", item["question"]), Message("assistant", item["answer"])
 
+    def known(self, most: int) -> Iterator[Known]:
+        """At most so many items with the dataset's own answers."""
+        for i in range(min(most, self._size)):
+            item = self._dataset[i]
+            if isinstance(item["answer"], str):
+                yield Known(f"{self.name} {i}", item["question"], item["answer"], self._env_of(item))
+
+    def _env_of(self, item: Mapping[str, Any]) -> Callable[[], ToolEnv]:
+        def reward(message: Message) -> Mapping[str, float]:
+            mark = self._mark(message.content.strip(), item)
+            return {"outcome": float(mark == 1.0), "verifier": mark}
+
+        return SingleTurn(item["question"], reward)
+
     def _mark(self, answer: str, item: Mapping[str, Any]) -> float:
         try:
-            return float(self._dataset.score_answer(answer, item))
-        except Exception:  # a verifier that cannot even parse what a model wrote
-            return 0.0
+            return fair_mark(self._score(item), answer, item["answer"])
+        except VerifierError as error:
+            raise VoidEpisode(f"reasoning-gym's {self.name}: {error}") from error
+
+    def _score(self, item: Mapping[str, Any]) -> Callable[[str], float]:
+        return lambda answer: self._dataset.score_answer(answer, item)
+
+    def _try_canaries(self) -> None:
+        """Raises ValueError for a verifier that tells nothing."""
+        for i in range(min(self._size, _TRIED)):
+            item = self._dataset[i]
+            truth = item["answer"]
+            if not isinstance(truth, str) and (taken := takes_canary(self._score(item), truth)):
+                raise ValueError(f"reasoning-gym's {self.name} gives full marks to {taken[0]!r}: leave it out")
+            if isinstance(truth, str) and self._mark(truth, item) < 1.0:
+                raise ValueError(f"reasoning-gym's {self.name} refuses its own answer {truth[:80]!r}: leave it out")
 
     def _draw(self, rng: random.Random, *, held_out: bool) -> dict[str, Any]:
         for _ in range(_DRAWS):
@@ -82,55 +108,6 @@ class GymTask:
             if is_held_out(item["question"]) == held_out:
                 return item
         raise ValueError(f"reasoning-gym's {self.name}: no {_split(held_out)} question among {self._size}; raise size")
-
-
-class RowsTask:
-    """Prompts and answers of a .jsonl or .parquet file, scored by the user's reward. A row is held out by its prompt.
-
-    Args:
-        prompt, answer: the names of the fields; a prompt is a text, an answer anything but null.
-        system: the system message; none when empty.
-
-    Raises:
-        ValueError: a row without prompt or answer, no rows, a file that read_rows refuses; names file, line and field.
-        FileNotFoundError: no such file.
-    """
-
-    def __init__(
-        self, path: Path | str, reward: RowReward, *, prompt: str = "prompt", answer: str = "answer", system: str = ""
-    ) -> None:
-        rows = list(read_rows(path))
-        if not rows:
-            raise ValueError(f"{path}: no rows")
-        self._splits: dict[bool, list[Row]] = {False: [], True: []}
-        for row in rows:
-            row.value(answer)
-            self._splits[is_held_out(row.text(prompt))].append(row)
-        self._path = path
-        self._reward = reward
-        self._prompt = prompt
-        self._answer = answer
-        self._system = system
-
-    def sample(self, rng: random.Random, *, held_out: bool = False) -> Callable[[], ToolEnv]:
-        row = self._draw(rng, held_out=held_out)
-        return _single_turn(row.text(self._prompt), lambda message: self._reward(message, row.values), self._system)
-
-    def demonstrate(self, rng: random.Random) -> tuple[Message, ...]:
-        """A prompt and its answer, without thinking.
-
-        Raises:
-            ValueError: the answer is no text.
-        """
-        row = self._draw(rng, held_out=False)
-        opening = (Message("system", self._system),) if self._system else ()
-        return *opening, Message("user", row.text(self._prompt)), Message("assistant", row.text(self._answer))
-
-    def _draw(self, rng: random.Random, *, held_out: bool) -> Row:
-        rows = self._splits[held_out]
-        if not rows:
-            raise ValueError(f"{self._path}: no {_split(held_out)} row; about one prompt in five is held out: add rows")
-        return rng.choice(rows)
 
 
 def verifiers_task(environment: Any, **arguments: Any) -> Task:
@@ -148,10 +125,6 @@ def verifiers_task(environment: Any, **arguments: Any) -> Task:
     if isinstance(environment, str):
         environment = verifiers.load_environment(environment, **arguments)
     return VerifiersTask(environment)
-
-
-def _single_turn(prompt: str, reward: Reward, system: str = "") -> Callable[[], ToolEnv]:
-    return lambda: ToolEnv(prompt, (), reward, system=system, max_messages=1)
 
 
 def _split(held_out: bool) -> str:

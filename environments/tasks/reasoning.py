@@ -4,13 +4,14 @@ A third of the prompts ask for thinking in Chinese; the thinking's language is a
 """
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import reasoning_gym
 
-from trimtab.environments.base import Message, Step
+from trimtab.environments.base import Known, Message, Step
 from trimtab.environments.split import is_held_out
 from trimtab.rewards.language import Language, language_consistency
 
@@ -71,6 +72,15 @@ class ReasoningTask:
         language = _draw_language(rng)
         prompt = _prompt(item["question"], language)
         return lambda: ReasoningEnv(prompt, lambda answer: dataset.score_answer(answer, item), language)
+
+    def known(self, most: int) -> Iterator[Known]:
+        """At most so many questions in English with their own answers, of all datasets in turn."""
+        for i in range(most):
+            name = tuple(self._datasets)[i % len(self._datasets)]
+            item = self._datasets[name][i]
+            verify = partial(self._datasets[name].score_answer, entry=item)
+            make_env = partial(ReasoningEnv, item["question"], verify, "en")
+            yield Known(f"{name} {i}", item["question"], item["answer"], make_env)
 
     def demonstrate(self, rng: random.Random) -> tuple[Message, ...]:
         """A question with step-by-step thinking; one in three guesses instead, three in ten mix up the languages."""

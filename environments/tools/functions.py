@@ -3,10 +3,10 @@
 import asyncio
 import inspect
 import json
-import math
 import typing
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any
 
 import docstring_parser
@@ -16,7 +16,11 @@ from pydantic.json_schema import GenerateJsonSchema
 from pydantic_core import to_json
 
 from trimtab.environments.base import Message, Step, VoidEpisode
-from trimtab.environments.tools.tool import Tool, answer_calls, close_tools, distinct, opening
+from trimtab.environments.guard import guarded
+from trimtab.environments.tools.tool import Tool, answer_calls, close_tools, distinct, opening, shorten
+from trimtab.rewards import bounds
+from trimtab.rewards.threads import Threads, TimeLimit
+from trimtab.rewards.types import named_parts
 
 Parts = Mapping[str, float]
 """The named, unweighted parts of a reward."""
@@ -29,7 +33,7 @@ _FIELD = "argument_"
 
 @dataclass(frozen=True, slots=True)
 class FunctionTool:
-    """A function as a tool. parameters: the JSON schema of its arguments; model: validates them; seconds: see tool."""
+    """A function as a tool. parameters: the JSON schema of its arguments; model: validates them; the rest: see tool."""
 
     name: str
     description: str
@@ -37,6 +41,7 @@ class FunctionTool:
     model: type[BaseModel]
     function: Callable[..., Any]
     seconds: float
+    characters: int
 
     async def call(self, arguments: Mapping[str, Any]) -> str:
         """The function's result as_text, or "error: ..." when the arguments are wrong, it raises or takes too long.
@@ -44,23 +49,23 @@ class FunctionTool:
         Raises:
             VoidEpisode: the function raised it.
         """
-        limit = asyncio.timeout(self.seconds)
         try:
-            async with limit:
-                return as_text(await _invoke(self.function, _validated(self, arguments)))
+            result = as_text(await _invoke(self.function, _validated(self, arguments), self.seconds))
+            return shorten(result, self.characters)
         except VoidEpisode:
             raise
+        except _Late:
+            bounds.bit("tool_seconds", f"tool {self.name}: a call took longer than seconds = {self.seconds:g}")
+            return f"error: no result within {self.seconds:g} s"
         except ValidationError as error:
             return f"error: {_explain(error)}"
         except ValueError as error:
             return f"error: {error}"
-        except (Exception, SystemExit) as error:  # the function is a user's code, called with what a model wrote
-            if limit.expired():
-                return f"error: no result within {self.seconds:g} s"
+        except Exception as error:  # the function is a user's code, called with what a model wrote
             return f"error: {type(error).__name__}: {error}"
 
 
-def tool(function: Callable[..., Any], *, seconds: float = 120.0) -> FunctionTool:
+def tool(function: Callable[..., Any], *, seconds: float = 120.0, characters: int = 20_000) -> FunctionTool:
     """A tool from a function, sync or async, whose parameters have type hints and whose docstring says what it does.
 
     The docstring's sections on parameters (Google, NumPy or reST style) describe them; Annotated[int, Field(ge=1)] and
@@ -70,10 +75,11 @@ def tool(function: Callable[..., Any], *, seconds: float = 120.0) -> FunctionToo
     Args:
         seconds: of a call; after that the policy reads that there is no result. A coroutine function is cancelled, a
             sync one runs on in its thread: give its own network calls a limit.
+        characters: of a result; of a longer one the policy reads the beginning and the end.
 
     Raises:
-        ValueError: seconds is not above 0, no name, no docstring, a parameter without a type hint or one that cannot
-            be given by name, a hint that is not defined or that JSON cannot express.
+        ValueError: seconds or characters is not above 0, no name, no docstring, a parameter without a type hint or one
+            that cannot be given by name, a hint that is not defined or that JSON cannot express.
 
     >>> def add(a: int, b: int = 1) -> int:
     ...     "Add two numbers."
@@ -81,8 +87,9 @@ def tool(function: Callable[..., Any], *, seconds: float = 120.0) -> FunctionToo
     >>> tool(add).parameters["required"]
     ['a']
     """
-    if not seconds > 0:
-        raise ValueError(f"seconds must be above 0, got {seconds}")
+    for name_of_limit, limit in (("seconds", seconds), ("characters", characters)):
+        if not limit > 0:
+            raise ValueError(f"{name_of_limit} must be above 0, got {limit}")
     name = getattr(function, "__name__", "")
     if not name.isidentifier():
         raise ValueError(f"{function!r} has no name; a tool is a function that is defined with def")
@@ -98,7 +105,7 @@ def tool(function: Callable[..., Any], *, seconds: float = 120.0) -> FunctionToo
     parameters.pop("title", None)
     parameters.setdefault("properties", {})
     description = "\n".join(filter(None, (doc.short_description, doc.long_description)))
-    return FunctionTool(name, description, parameters, model, function, seconds)
+    return FunctionTool(name, description, parameters, model, function, seconds, characters)
 
 
 def as_text(result: Any) -> str:
@@ -148,31 +155,37 @@ class ToolEnv:
     async def step(self, message: Message) -> Step:
         self._left -= 1
         if not message.tool_calls:
-            return Step(rewards=await named_parts(self._reward(message)), done=True)
+            return Step(rewards=await scored(self._reward, message), done=True)
         replies = await answer_calls(self.tools, message.tool_calls, most=self._max_calls)
         if self._left > 0:
             return Step(replies)
-        return Step(replies, await named_parts(self._reward(Message("assistant"))), done=True)
+        return Step(replies, await scored(self._reward, Message("assistant")), done=True)
+
+    @property
+    def holds(self) -> bool:
+        """Whether a tool has anything to close."""
+        return any(hasattr(tool, "close") for tool in self.tools)
 
     async def close(self) -> None:
         """Close the tools; may be called again."""
         await close_tools(self.tools)
 
 
-async def named_parts(parts: Parts | Awaitable[Parts]) -> dict[str, float]:
-    """The parts that a reward function, sync or async, returned.
+REWARDS = Threads("rewards", 32)
+CALLS = Threads("tools", 128)
+
+
+async def scored(reward: Callable[..., Parts | Awaitable[Parts]], *arguments: Any) -> dict[str, float]:
+    """The parts that a reward function, sync or async, gives. A sync one runs in a thread: it may take its time.
 
     Raises:
         ValueError: they are no mapping of names to finite numbers.
+        Exception: what the function raised.
     """
-    if inspect.isawaitable(parts):
-        parts = await parts
-    if not isinstance(parts, Mapping):
-        raise ValueError(f'a reward returns named parts, such as {{"outcome": 1.0}}, got {parts!r}')
-    for name, value in parts.items():
-        if not (isinstance(name, str) and isinstance(value, int | float) and math.isfinite(value)):
-            raise ValueError(f"a part of a reward is a name with a finite number, got {name!r}: {value!r}")
-    return {name: float(value) for name, value in parts.items()}
+    if inspect.iscoroutinefunction(reward):
+        return named_parts(await reward(*arguments))
+    parts = await REWARDS.run(partial(reward, *arguments))
+    return named_parts(await parts if inspect.isawaitable(parts) else parts)
 
 
 class _Untitled(GenerateJsonSchema):
@@ -218,18 +231,34 @@ def _explain(error: ValidationError) -> str:
     )
 
 
-async def _invoke(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
-    if inspect.iscoroutinefunction(function):
-        return await function(**arguments)
-    result, error = await asyncio.to_thread(_settle, function, arguments)
-    if error is not None:
-        raise error
-    return await result if inspect.isawaitable(result) else result
+class _Late(Exception):
+    """A call's time is over."""
 
 
-def _settle(function: Callable[..., Any], arguments: Mapping[str, Any]) -> tuple[Any, BaseException | None]:
-    """The result, or what was raised: a future cannot carry StopIteration out of a thread."""
+async def _invoke(function: Callable[..., Any], arguments: Mapping[str, Any], seconds: float) -> Any:
+    """What the function returns; its time begins when it does.
+
+    Raises:
+        _Late: it takes longer.
+    """
+    if not inspect.iscoroutinefunction(function):
+        try:
+            result = await CALLS.run(partial(function, **arguments), limit=seconds)
+        except TimeLimit as error:
+            raise _Late from error
+        if not inspect.isawaitable(result):
+            return result
+    else:
+        result = function(**arguments)
+    limit = asyncio.timeout(seconds)
     try:
-        return function(**arguments), None
-    except (Exception, SystemExit) as error:
-        return None, error
+        async with limit:
+            return await guarded(_awaited(result))
+    except TimeoutError as error:
+        if not limit.expired():
+            raise
+        raise _Late from error
+
+
+async def _awaited(result: Awaitable[Any]) -> Any:
+    return await result

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import stat
 import sys
 import weakref
 from asyncio.subprocess import Process
@@ -20,14 +21,19 @@ from jupyter_client.asynchronous.client import AsyncKernelClient
 from jupyter_client.connect import write_connection_file
 
 from trimtab.environments.base import VoidEpisode
-from trimtab.rewards.sandbox import Limits, launch, scratch, watch
+from trimtab.environments.tools.tool import shorten
+from trimtab.rewards.sandbox import Limits, Running, launch, scratch, watch
 
 KERNEL_LIMITS = Limits(cpu_seconds=3600, memory_mb=2048, file_mb=256, wall_seconds=120.0)
 """Limits of a kernel: wall_seconds and output_bytes are of one execution, the others of the kernel's life."""
 START_SECONDS = 120.0
 """Time for a kernel to answer, at most; it takes about a second on a quiet machine."""
+MAX_REPLY = 2**20
+"""Bytes of a frame of a reply to a request, which nobody reads; beyond it the connection is cut."""
 MAX_MESSAGE = 16 * 2**20
 """Bytes of one message of the kernel, at most; a larger one is not read, and the kernel is stopped."""
+SOCKETS = 5
+"""Of a Jupyter kernel: shell, output, stdin, control, heartbeat."""
 TRACEBACK_LINES = 16
 """Lines of a traceback that the policy sees, at most."""
 
@@ -117,7 +123,7 @@ class Interpreter:
             except BaseException:  # also when cancelled: a kernel in the middle of something cannot be used again
                 await self._stop()
                 raise
-            text = _shorten("".join(pieces).strip("\n"), self._characters)
+            text = shorten("".join(pieces).strip("\n"), self._characters)
             if not stopped:
                 return text or "(no output)"
             await self._stop()
@@ -205,7 +211,7 @@ class _Kernel:
                 if kind == "status" and content["execution_state"] == "idle":
                     return ""
                 pieces.append(_text(kind, content))
-            except (KeyError, TypeError, ValueError, AttributeError):  # the code may write to the kernel's sockets
+            except Exception:  # the code may write to the kernel's sockets whatever it likes, nested at any depth
                 return "the kernel's messages cannot be read"
             size += len(pieces[-1].encode(errors="replace")) + 100  # a message costs time even without text
             if size > most:
@@ -220,33 +226,55 @@ async def _running_kernel(limits: Limits) -> AsyncIterator[_Kernel]:
             str(folder / "kernel.json"), transport="ipc", ip=str(folder / "k"), key=os.urandom(32).hex().encode()
         )
         argv = [sys.executable, "-m", "ipykernel_launcher", "-f", file, *_OPTIONS]
-        async with launch(argv, folder=folder, limits=limits) as process:
+        async with launch(argv, folder=folder, limits=limits) as running:
             with ExitStack() as stack:
+                await _sockets(folder, running.process)
                 context = zmq.asyncio.Context()
                 stack.callback(context.destroy, linger=0)
-                context.MAXMSGSIZE = MAX_MESSAGE
+                context.RECONNECT_IVL = -1  # connected once, before any code of the policy could replace a socket
                 client = AsyncKernelClient(context=context)
                 client.load_connection_file(file)
-                stack.callback(client.stop_channels)
+                context.MAXMSGSIZE, context.RCVHWM = MAX_REPLY, 1  # replies are not read: output says it all
+                stack.callback(client.shell_channel.stop)  # not stop_channels, which would make and connect others
+                context.MAXMSGSIZE, context.RCVHWM = MAX_MESSAGE, 1000
                 client.start_channels(stdin=False, hb=False, control=False)
+                stack.callback(client.iopub_channel.stop)
                 monitor = client.iopub_channel.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
                 cut = asyncio.ensure_future(monitor.recv_multipart())
                 stack.callback(cut.cancel)
-                over = asyncio.create_task(_over(process, folder, limits))
+                over = asyncio.create_task(_over(running))
                 stack.callback(over.cancel)
-                kernel = _Kernel(folder, process, client, over, cut)
+                kernel = _Kernel(folder, running.process, client, over, cut)
                 await kernel.start()
                 yield kernel
 
 
-async def _over(process: Process, folder: Path, limits: Limits) -> str:
-    ended, watcher = asyncio.create_task(process.wait()), asyncio.create_task(watch(process, folder, limits))
+async def _over(running: Running) -> str:
+    ended, watcher = asyncio.create_task(running.process.wait()), asyncio.create_task(watch(running))
     try:
         await asyncio.wait({ended, watcher}, return_when=asyncio.FIRST_COMPLETED)
         return watcher.result() if watcher.done() else ""
     finally:
         ended.cancel()
         watcher.cancel()
+
+
+async def _sockets(folder: Path, process: Process) -> None:
+    """Wait until the kernel has made its sockets: real ones, since no code has run yet that could put links there.
+
+    Raises:
+        KernelError: it ended before, or takes too long.
+    """
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + START_SECONDS
+    while len(found := [path for path in folder.glob("k-*") if stat.S_ISSOCK(path.lstat().st_mode)]) < SOCKETS:
+        if process.returncode is not None:
+            raise KernelError(f"the kernel did not start: it ended with code {process.returncode}")
+        if loop.time() > deadline:
+            raise KernelError(
+                f"the kernel did not start: it made {len(found)} of {SOCKETS} sockets in {START_SECONDS:g} s"
+            )
+        await asyncio.sleep(0.02)
 
 
 def _abandon(pid: int, folder: Path) -> None:
@@ -283,8 +311,3 @@ def _shorten_traceback(text: str) -> str:
     lines = text.splitlines()
     left_out = len(lines) - TRACEBACK_LINES
     return text if left_out <= 0 else "\n".join([lines[0], f"... {left_out} lines ...", *lines[left_out + 1 :]])
-
-
-def _shorten(text: str, most: int) -> str:
-    left_out = len(text) - most
-    return text if left_out <= 0 else f"{text[:most]}\n... (output truncated: {left_out} more characters)"

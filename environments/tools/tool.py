@@ -14,6 +14,7 @@ from fractions import Fraction
 from typing import Any, Protocol
 
 from trimtab.environments.base import Message, ToolCall
+from trimtab.rewards import bounds
 
 MAX_EXPRESSION = 64
 """Characters of an expression, at most; bounds the depth of its tree."""
@@ -60,6 +61,19 @@ async def call(tools: Sequence[Tool], called: ToolCall) -> str:
     if found is None:
         return f"error: no tool {called.name}; there are {', '.join(tool.name for tool in tools) or 'none'}"
     return (await found.call(called.arguments)).encode(errors="replace").decode()
+
+
+def shorten(text: str, most: int) -> str:
+    """A result of at most so many characters, and a notice in the place of what is left out: two thirds are its
+    beginning, a third its end, where errors are."""
+    left_out = len(text) - most
+    if left_out <= 0:
+        return text
+    bounds.bit("tool_output", f"a tool's result of {len(text)} characters is shortened to {most}")
+    end = most // 3
+    return (
+        f"{text[: most - end]}\n... (output truncated: {left_out} characters left out) ...\n{text[len(text) - end :]}"
+    )
 
 
 async def answer_calls(tools: Sequence[Tool], calls: Sequence[ToolCall], *, most: int) -> tuple[Message, ...]:

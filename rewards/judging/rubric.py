@@ -1,4 +1,4 @@
-"""Rubrics: an answer earns the weighted share of the criteria that a judge finds satisfied.
+"""Rubrics: an answer earns the weighted share of the criteria that a judge finds satisfied, less its faults.
 
 Here a judge is asked for one yes or no a criterion, which a small model can learn to say; verdicts.py asks for all
 verdicts of an answer at once, with reasons.
@@ -6,9 +6,18 @@ verdicts of an answer at once, with reasons.
 
 import asyncio
 import math
+import re
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
+
+from trimtab.rewards.format import without_thinking
+from trimtab.rewards.guards import escape_markup
+
+_VERDICT = re.compile(
+    r"[\s*_>\"'`#]*(yes|no)\b[\s*_\"'`]*(?:\Z|[.,;:!\u2013\u2014-]|(?:because|since|as)\b)", re.IGNORECASE
+)
+_YES_NO = re.compile(r"\b(?:yes|no)\b", re.I)
 
 Judge = Callable[[str], Awaitable[str]]
 """Takes the text of a prompt, returns the text of a verdict."""
@@ -23,7 +32,8 @@ class Criterion:
     """One demand on an answer.
 
     text completes the question "Does it ...?" and is shown to the judge; check, where the demand can be checked by
-    a program, is the truth that verdicts are compared with; name is what criteria of the same kind share in reports.
+    a program, is the truth that verdicts are compared with; name is what criteria of the same kind share in reports. A
+    weight below 0 is for what an answer must not do: it is taken off where the criterion is met.
     """
 
     text: str
@@ -34,19 +44,23 @@ class Criterion:
     def __post_init__(self) -> None:
         if not self.text.strip():
             raise ValueError("the text of a criterion must not be empty")
-        if not (math.isfinite(self.weight) and self.weight > 0):
-            raise ValueError(f"the weight of criterion {self.text!r} must be above 0, got {self.weight}")
+        if not math.isfinite(self.weight) or self.weight == 0:
+            raise ValueError(
+                f"the weight of criterion {self.text!r} must be above 0, or below for a fault, got {self.weight}"
+            )
 
 
 @dataclass(frozen=True, slots=True)
 class Rubric:
-    """The criteria of one prompt; at least one."""
+    """The criteria of one prompt; at least one with a weight above 0."""
 
     criteria: tuple[Criterion, ...]
 
     def __post_init__(self) -> None:
         if not self.criteria:
             raise ValueError("a rubric needs at least one criterion")
+        if all(criterion.weight < 0 for criterion in self.criteria):
+            raise ValueError("a rubric needs at least one criterion with a weight above 0: there is nothing to earn")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,14 +75,16 @@ class RubricScore:
 
     @property
     def score(self) -> float:
-        """Weighted share of the criteria that the judge found satisfied, in [0, 1]."""
+        """Weight of the criteria that the judge found satisfied, over the weights above 0, cut to [0, 1]."""
         return _weighted_share(self.rubric.criteria, self.verdicts)
 
     @property
     def truth(self) -> float | None:
-        """Weighted share of the checked criteria that are satisfied, in [0, 1]; None when none has a check."""
+        """The score by the checked criteria alone, in [0, 1]; None when none of a weight above 0 has a check."""
         checked = [(c, truth) for c, truth in zip(self.rubric.criteria, self.truths, strict=True) if truth is not None]
-        return _weighted_share([c for c, _ in checked], [truth for _, truth in checked]) if checked else None
+        if not any(c.weight > 0 for c, _ in checked):
+            return None
+        return _weighted_share([c for c, _ in checked], [truth for _, truth in checked])
 
     @property
     def agreement(self) -> float | None:
@@ -89,21 +105,24 @@ class Grader(Protocol):
 
 
 def judge_prompt(answer: str, criterion: Criterion, *, task: str = "") -> str:
-    """The question put to the judge about one criterion; task, when given, is what the answer replies to."""
-    asked = f"Task: {task}\n" if task else ""
-    return f"{asked}Text: {answer}\nDoes it {criterion.text}? yes or no"
+    """The question put to the judge about one criterion; task, when given, is what the answer replies to. Both are
+    escaped: what they hold is no markup of the judge's prompt."""
+    asked = f"Task: {escape_markup(task)}\n" if task else ""
+    return f"{asked}Text: {escape_markup(answer)}\nDoes it {criterion.text}? yes or no"
 
 
 def parse_verdict(text: str) -> bool:
-    """True for "yes", False for "no", in any case and with spaces around.
+    """True for "yes", False for "no": the first word behind what the judge thought, in any case, with emphasis or
+    punctuation, alone or with a reason behind it.
 
     Raises:
-        ValueError: any other text; a judge that explains, hesitates or rambles has given no verdict.
+        ValueError: any other text; a judge that says both has given no verdict.
     """
-    verdict = text.strip().lower()
-    if verdict not in ("yes", "no"):
-        raise ValueError(f"a verdict must be 'yes' or 'no', got {text!r}")
-    return verdict == "yes"
+    said = without_thinking(text)
+    first = _VERDICT.match(said)
+    if first is None or len({word.lower() for word in _YES_NO.findall(said)}) > 1:
+        raise ValueError(f"a verdict begins with yes or no, and has not both, got {text[:200]!r}")
+    return first[1].lower() == "yes"
 
 
 async def rubric_score(answer: str, rubric: Rubric, judge: Judge, *, task: str = "") -> RubricScore:
@@ -133,4 +152,4 @@ async def _ask(judge: Judge, prompt: str) -> bool:
 def _weighted_share(criteria: Sequence[Criterion], satisfied: Sequence[bool]) -> float:
     weights = [criterion.weight for criterion in criteria]
     earned = sum(weight for weight, yes in zip(weights, satisfied, strict=True) if yes)
-    return earned / sum(weights)
+    return min(max(earned / sum(weight for weight in weights if weight > 0), 0.0), 1.0)

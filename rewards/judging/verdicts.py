@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, StringConstraints, TypeAdapter, ValidationError
 
-from trimtab.rewards.format import json_value
+from trimtab.rewards.format import last_json
 from trimtab.rewards.guards import escape_markup
 from trimtab.rewards.judging.model import JudgeModel
 from trimtab.rewards.judging.rubric import Criterion, Rubric, RubricScore, truths
@@ -114,10 +114,10 @@ def verdict_schema(count: int) -> Mapping[str, Any]:
 
 
 def parse_verdicts(text: str, count: int) -> tuple[Verdict, ...]:
-    """Read the verdicts on so many criteria, in their order.
+    """Read the verdicts on so many criteria, in their order; a judge may think before them.
 
     Raises:
-        ValueError: anything but JSON with exactly these verdicts.
+        ValueError: it does not end with JSON that has exactly these verdicts.
     """
     found = _validated(_VERDICTS, text)
     if found.keys() != {_key(i) for i in range(count)}:
@@ -136,7 +136,7 @@ def parse_preference(text: str) -> Preference:
 
 def _validated(adapter: TypeAdapter[Any], text: str) -> Any:
     try:
-        return adapter.validate_python(json_value(text))
+        return adapter.validate_python(last_json(text))
     except ValidationError as error:
         worst = error.errors()[0]
         raise ValueError(f"{'.'.join(map(str, worst['loc']))}: {worst['msg']}") from None

@@ -11,7 +11,8 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
-from trimtab.rewards.math_worker import DIFFERENT, EQUAL, READY, UNREADABLE_TRUTH
+from trimtab.rewards.reading.math_worker import DIFFERENT, EQUAL, READY, UNREADABLE_TRUTH
+from trimtab.rewards.types import VerifierError
 
 MAX_CHARACTERS = 2000
 """Of an answer or a truth; a longer answer equals nothing."""
@@ -23,12 +24,13 @@ _WORKERS = min(4, os.cpu_count() or 1)
 async def compare_expressions(answer: str, truth: str, *, seconds: float) -> bool:
     """Whether `math-verify` finds two LaTeX expressions equal within seconds of one worker's time.
 
-    Waiting for a worker does not count. A worker that takes longer, or dies twice of the same question, says no.
-    Nothing here depends on the event loop: workers outlive it and end with this process.
+    Waiting for a worker does not count. An answer at which a worker takes longer, or dies twice, is wrong: a policy
+    must not void what it cannot solve. Where the truth does the same to a worker by itself, nothing is said. Nothing
+    here depends on the event loop: workers outlive it and end with this process.
 
     Raises:
         ValueError: the truth cannot be parsed or is too long, or seconds is not above 0.
-        RuntimeError: no worker could be started; nothing can be said about the answer.
+        VerifierError: no worker could be started, or it breaks at the truth as well.
     """
     if seconds <= 0:
         raise ValueError(f"the time limit must be above 0 seconds, got {seconds}")
@@ -46,7 +48,7 @@ class _Worker:
     def __init__(self) -> None:
         # a session of its own: Ctrl-C is for the trainer, and a worker that died of it would call answers wrong
         self.process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "trimtab.rewards.math_worker"],
+            [sys.executable, "-P", "-m", "trimtab.rewards.reading.math_worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -54,8 +56,8 @@ class _Worker:
         )
         if self.read(_START_SECONDS) != READY:
             self.kill()
-            command = "python -m trimtab.rewards.math_worker"
-            raise RuntimeError(f"the worker for mathematics did not start (is math-verify installed?): run {command}")
+            command = "python -m trimtab.rewards.reading.math_worker"
+            raise VerifierError(f"the worker for mathematics did not start (is math-verify installed?): run {command}")
 
     def ask(self, answer: str, truth: str, seconds: float) -> bytes | None:
         """The reply; nothing (b"") when the worker died, None when its time ran out."""
@@ -91,6 +93,15 @@ def _threads() -> ThreadPoolExecutor:
 
 
 def _ask(answer: str, truth: str, seconds: float) -> bytes:
+    if reply := _reply(answer, truth, seconds):
+        return reply
+    if _reply(truth, truth, seconds):
+        return DIFFERENT
+    raise VerifierError(f"the worker for mathematics breaks at the truth {truth[:80]!r} within {seconds:g} s")
+
+
+def _reply(answer: str, truth: str, seconds: float) -> bytes | None:
+    """Nothing where the time ran out, or where two workers died."""
     for take in (_take, _Worker):  # a worker may have died of something else, idle: only a fresh one's death counts
         worker = take()
         reply = worker.ask(answer, truth, seconds)
@@ -100,7 +111,7 @@ def _ask(answer: str, truth: str, seconds: float) -> bytes:
         worker.kill()
         if reply is None:
             break
-    return DIFFERENT
+    return None
 
 
 def _take() -> _Worker:

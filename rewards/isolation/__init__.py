@@ -1,0 +1,1 @@
+"""What the sandbox is made of: the ways to enclose a program, the seccomp filter, what a program uses."""
