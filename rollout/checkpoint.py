@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from trimtab.rollout.types import PolicyShape
+
 
 def read_config(folder: str | Path) -> dict[str, Any]:
     """config.json of a checkpoint folder.
@@ -29,6 +31,19 @@ def moe_layers(config: Mapping[str, Any]) -> list[int]:
         step, dense = config.get("decoder_sparse_step", 1), config.get("mlp_only_layers") or []
         return [i for i in layers if i not in dense and (i + 1) % step == 0]
     return []
+
+
+def policy_shape(config: Mapping[str, Any], version: int) -> PolicyShape:
+    """What engines record of a policy with this config.json, at a version of its weights."""
+    names = ("n_routed_experts", "num_experts", "num_local_experts")
+    experts = next((config[name] for name in names if name in config), 0)
+    return PolicyShape(
+        vocabulary=config["vocab_size"],
+        moe_layers=len(moe_layers(config)),
+        experts_per_token=config.get("num_experts_per_tok", 0),
+        experts=experts,
+        version=version,
+    )
 
 
 def stop_ids(folder: str | Path) -> tuple[int, ...]:

@@ -31,6 +31,7 @@ from typing import Literal, Protocol
 import numpy as np
 
 from trimtab.environments.base import Message
+from trimtab.rollout.formats.letters import cleaned
 from trimtab.rollout.types import Episode
 
 SUMMARISE = (
@@ -109,7 +110,7 @@ class Context:
         self, chat: Format, opening: Iterable[Message], policy: ContextPolicy, *, thinking: bool, max_len: int
     ) -> None:
         self._chat, self._policy, self._thinking, self._max_len = chat, policy, thinking, max_len
-        self._shown = [_Shown(message) for message in opening]
+        self._shown = [_Shown(message) for message in cleaned(opening)]
         self._opening = len(self._shown)
         self._conversation = self._talk(self._shown)
         self.messages = tuple(shown.message for shown in self._shown)
@@ -145,7 +146,7 @@ class Context:
         Raises:
             FormatError: the format cannot say it.
         """
-        messages = tuple(messages)
+        messages = cleaned(messages)
         self._conversation.add(messages)
         self._shown += map(_Shown, messages)
         self.messages += messages

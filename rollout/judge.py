@@ -7,9 +7,9 @@ from typing import Any
 
 from trimtab.environments.base import Message
 from trimtab.rewards.judging.model import Reply
+from trimtab.rollout.attempt import Generate
 from trimtab.rollout.formats.chat import Chat
 from trimtab.rollout.formats.template import TemplateChat
-from trimtab.rollout.play import Generate
 from trimtab.rollout.types import Request, Sampling
 
 RETRY_TOP_K = 20

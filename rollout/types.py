@@ -6,6 +6,7 @@ L = MoE layers, K = experts a token.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 
@@ -14,6 +15,12 @@ from trimtab.environments.base import Message
 
 class RecordingError(ValueError):
     """A record lacks or contradicts what training needs; it is refused and counted, and never trains."""
+
+
+COLDEST = 0.01
+"""vLLM raises temperatures below this to it."""
+ROUNDING = 1e-3
+"""Nats by which a log-probability may miss its bound."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,8 +34,9 @@ class Sampling:
     """Sampled tokens of one turn, at most; None: what the window leaves."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.temperature <= 2:
-            raise ValueError(f"temperature must lie in (0, 2] (at 0 there is no kept set), got {self.temperature}")
+        if not COLDEST <= self.temperature <= 2:
+            why = "at 0 there is no kept set, and vLLM raises what is below"
+            raise ValueError(f"temperature must lie in [{COLDEST:g}, 2] ({why}), got {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
         if self.top_k < 1:
@@ -62,6 +70,18 @@ class Completion:
     routes: np.ndarray  # uint8 or uint16 [prompt + S - 1 - routes_start, L, K]; L = 0 without experts
     weight_version: int
     finish: str  # "stop" or "length"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyShape:
+    """What of a policy shows in what engines record of it."""
+
+    vocabulary: int
+    moe_layers: int
+    experts_per_token: int
+    experts: int
+    version: int
+    """Of the weights that engines have."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,6 +130,35 @@ class Segment:
         repeats = ordered[..., 1:] == ordered[..., :-1]
         self._check(not repeats.any(), "a route row repeats an expert: the engine never wrote it")
 
+    def check_against(self, policy: PolicyShape) -> None:
+        """Refuse what no engine of this policy records, however well formed.
+
+        Raises:
+            RecordingError: ids outside the vocabulary, a kept set that holds an id twice, a log-probability above 0 or,
+                where one id was kept, other than 0; other MoE layers or experts a token than the policy's, routes that
+                were never written; another version of the weights.
+        """
+        ids = (self.token_ids, self.kept_ids)
+        inside = all(one.min(initial=0) >= 0 and one.max(initial=0) < policy.vocabulary for one in ids)
+        self._check(inside, f"an id is outside the vocabulary of {policy.vocabulary}")
+        counts = np.diff(self.kept_offsets)
+        keys = np.repeat(np.arange(len(counts), dtype=np.int64), counts) * policy.vocabulary + self.kept_ids
+        self._check(len(np.unique(keys)) == len(keys), "a kept set holds an id twice")
+        self._check(bool((self.logp <= ROUNDING).all()), f"a log-probability is above 0: {self.logp.max():.3g}")
+        alone = np.abs(self.logp[counts == 1]).max(initial=0.0)
+        self._check(alone <= ROUNDING, f"one id was kept, but its log-probability is {-alone:.3g}")
+        wanted = (policy.moe_layers, policy.experts_per_token if policy.moe_layers else 0)
+        found = self.routes.shape[1:]
+        self._check(found == wanted, f"routes of {found[0]} layers and {found[1]} experts a token, not {wanted}")
+        if policy.moe_layers:
+            self._check(int(self.routes.max()) < policy.experts, f"a route to an expert beyond {policy.experts}")
+            written = self.routes.any() or policy.experts == 1
+            self._check(bool(written), "every route leads to expert 0: the engine wrote none")
+        versions = np.unique(self.weight_version)
+        self._check(
+            versions.tolist() == [policy.version], f"weights of version {versions.tolist()}, not {policy.version}"
+        )
+
     def _check(self, holds: bool, reason: str) -> None:
         if not holds:
             raise RecordingError(f"{self.name}: {reason}")
@@ -135,6 +184,30 @@ class Episode:
     """What each process reward gave, segment by segment."""
     notes: Mapping[str, str] = field(default_factory=dict)
     """What a reader should see beside the parts, by part: a judge's rationales. Never trained on."""
+
+
+LostKind = Literal["opening", "environment", "reward", "recording", "engine", "time"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lost:
+    """An episode of which nothing can be said, through no fault of the policy: it never trains."""
+
+    name: str
+    domain: str
+    kind: LostKind
+    """opening: it cannot be played as it opens. environment: that, a tool or a reward in it failed. reward: one of the
+    group failed. recording: what the engine recorded is incomplete. engine: the request was given up. time: a limit."""
+    reason: str
+    cause: BaseException | None = field(default=None, compare=False, repr=False)
+
+
+class RequestLost(RuntimeError):
+    """One request cannot be answered; the engines go on."""
+
+
+class EngineFailure(RuntimeError):
+    """The engines cannot go on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

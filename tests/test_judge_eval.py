@@ -27,7 +27,7 @@ def changed(**changes) -> str:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "line 2, the whole line: Invalid JSON"),
+        ("{", "labelled.jsonl:2: not JSON"),
         ("[]", "line 2, the whole line: Input should be an object"),
         ("{}", "line 2, prompt: Field required"),
         (changed(answer=3), "line 2, answer: Input should be a valid string"),

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from trimtab.environments.base import Message, ToolCall
-from trimtab.rollout.formats.chat import Chat, Conversation, MarkupError, parse_calls, render
+from trimtab.rollout.formats.chat import Chat, Conversation, parse_calls, render
 
 CHAT = Chat(tiny_tokenizer())
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
@@ -113,10 +113,12 @@ def test_calls_are_read_without_a_tokenizer():
 
 @pytest.mark.parametrize("role", ["system", "user", "tool"])
 @pytest.mark.parametrize("markup", [EOS, "</think>", "｜DSML｜", "</result>\n<result>"])
-def test_markup_in_the_text_of_others_is_refused(role, markup):
-    before = (ASK, CALL) if role == "tool" else ()
-    with pytest.raises(MarkupError, match="reserved"):
-        prompt(*before, Message(role, f"look: {markup}"))
+def test_markup_in_the_text_of_others_is_data(role, markup):
+    before, behind = ((ASK, CALL), ()) if role == "tool" else ((), (ASK,))
+    said = ((*before, Message(role, f"look: {text}"), *behind) for text in (markup, "here"))
+    ids, plain = (Conversation(CHAT, messages, thinking=True).prompt_ids() for messages in said)
+    assert CHAT.decode(ids) == CHAT.decode(plain).replace("here", markup)
+    assert [i for i in ids if i in CHAT._added] == [i for i in plain if i in CHAT._added]
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,9 @@ from scene import ASK, Engine, Scene
 from test_rollout_template import CHAT as TEMPLATE_CHAT
 
 from trimtab.environments.base import Message, Step, ToolCall
+from trimtab.rollout.attempt import Rules
 from trimtab.rollout.context import OMITTED, SUMMARISE, SUMMARY, Context, ContextPolicy, Format, fewest_steps, steps
-from trimtab.rollout.play import PlayedGroup, Rules, play_group
+from trimtab.rollout.play import PlayedGroup, play_group
 from trimtab.rollout.scripted import byte_chat
 from trimtab.rollout.types import Completion, Episode, Request, Sampling
 
@@ -294,7 +295,7 @@ def test_what_trains_is_what_was_sampled_across_resets(chat, said, thinking, pol
     engine = Noting(chat, said, thinking, random.Random(seed))
     max_len = 2000 if chat is CHAT else 1200
     played = play(engine, length, context=policy, max_len=max_len, max_turns=30)
-    assert played.group is not None and played.refused == () and played.voided == ()
+    assert played.group is not None and played.lost == ()
     for episode in played.group.episodes:
         assert engine.check(episode) >= 1 + len(episode.resets)
         sampled = chain.from_iterable(one.token_ids[one.sampled].tolist() for one in episode.segments)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tiny import tiny_tokenizer
 
 from trimtab.environments.base import Message, ToolCall
-from trimtab.rollout.formats.chat import Chat, Conversation, MarkupError
+from trimtab.rollout.formats.chat import Chat, Conversation
 from trimtab.rollout.formats.dsml import response_format_block, tools_block
 from trimtab.rollout.formats.openai_messages import to_openai
 
@@ -140,9 +140,11 @@ def test_a_developer_message_drops_reasoning_as_a_users_does_and_stays():
         Message("developer", "D", response_format={"const": "<｜User｜>"}),
     ],
 )
-def test_a_schema_cannot_hold_markup(message):
-    with pytest.raises(MarkupError, match="reserved"):
-        prompt([message], thinking=False)
+def test_markup_in_a_schema_is_data(message):
+    shown = prompt([message, Message("user", "?")], thinking=False)
+    assert "see <think>" in shown or "ends </｜DSML｜function_calls>" in shown or '{"const": "<｜User｜>"}' in shown
+    conversation = Conversation(CHAT, [message, Message("user", "?")], thinking=False)
+    assert len(CHAT.encode(shown)) != len(conversation.prompt_ids()), "in other tokens than the marks"
 
 
 @pytest.mark.parametrize(

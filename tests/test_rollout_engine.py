@@ -3,6 +3,7 @@
 import random
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,12 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from tiny import save_tiny_deepseek, tiny_deepseek
+from tiny import save_tiny, save_tiny_deepseek, tiny_deepseek
 
+from trimtab.grpo import players
+from trimtab.grpo.config import Rollout
+from trimtab.grpo.recipes import quickstart
+from trimtab.grpo.stages.convert import Indexer, convert
 from trimtab.grpo.sync import differing
 from trimtab.rollout.engine.engine import Engine, EngineConfig
 from trimtab.rollout.engine.weights import checksums
@@ -292,3 +297,35 @@ def test_a_config_that_cannot_run_is_refused(checkpoint, tmp_path):
         config(checkpoint, max_model_len=10**7)
     with pytest.raises(ValueError, match="max_batched_tokens must be at least max_num_seqs"):
         config(checkpoint, max_batched_tokens=8)
+
+
+def test_one_sequence_at_a_time_gives_the_same_bits_in_whatever_order_requests_come(checkpoint, engine):
+    """As rollout.deterministic sets it; beside others, the size of a batch decides the last bits."""
+    recipe = replace(quickstart(), model=str(checkpoint), rollout=Rollout(max_len=256, kv_cache_mib=32))
+    settings = replace(recipe, rollout=replace(recipe.rollout, deterministic=True))
+    alone = players.engine_config(settings, str(checkpoint))
+    usual = players.engine_config(recipe, str(checkpoint))
+    assert (alone.max_num_seqs, alone.prefix_caching) == (1, False) and usual.max_num_seqs > 1 and usual.prefix_caching
+    requests = [
+        Request(name=f"d{i}", prompt_ids=prompt(30) + prompt(i, i), sampling=SAMPLING, n=2, seed=i) for i in range(1, 5)
+    ]
+    single = Engine(replace(alone, max_batched_tokens=256))
+    try:
+        first, second = run(single, requests), run(single, requests[::-1])[::-1]
+    finally:
+        single.close()
+    for one, two in zip(chain(*first), chain(*second), strict=True):
+        assert one.token_ids.tolist() == two.token_ids.tolist() and one.logp.tobytes() == two.logp.tobytes()
+        assert (one.routes == two.routes).all() and (one.kept_ids == two.kept_ids).all()
+
+
+def test_a_converted_checkpoint_samples_as_its_dense_source(tmp_path):
+    dense = save_tiny(tmp_path / "dense", "DeepseekV3ForCausalLM")
+    convert(tmp_path / "dense", tmp_path / "sparse", Indexer(index_topk=128, index_n_heads=4, index_head_dim=16))
+    engine = Engine(config(tmp_path / "sparse"))
+    try:
+        requests = [Request(name="c", prompt_ids=prompt(n), sampling=SAMPLING, n=2, seed=n) for n in (5, 100)]
+        for request, completions in zip(requests, run(engine, requests), strict=True):
+            assert all(worst_difference(dense, request.prompt_ids, one) < 1e-5 for one in completions)
+    finally:
+        engine.close()

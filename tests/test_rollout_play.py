@@ -12,8 +12,9 @@ from tiny import tiny_tokenizer
 
 from trimtab.environments.base import Message, Step, ToolCall, VoidEpisode
 from trimtab.rewards.types import Answer
+from trimtab.rollout.attempt import Rules
 from trimtab.rollout.formats.chat import Chat
-from trimtab.rollout.play import PlayedGroup, Rules, gather, play_group
+from trimtab.rollout.play import PlayedGroup, gather, play_group
 from trimtab.rollout.types import Completion, Request, Sampling
 
 CHAT = Chat(tiny_tokenizer())
@@ -74,6 +75,10 @@ class Scene:
 
 def weigh(parts: Mapping[str, float]) -> float:
     return parts.get("outcome", 0.0) + 0.5 * parts.get("length", 0.0)
+
+
+def kinds(played: PlayedGroup) -> list[str]:
+    return [one.kind for one in played.lost]
 
 
 def play(script: Script, *steps: Step | Exception, **changes: Any) -> PlayedGroup:
@@ -160,7 +165,8 @@ def test_a_turn_never_samples_beyond_the_context():
 
 def test_a_voided_episode_is_counted_and_never_scored():
     played = play(Script(ANSWER), VoidEpisode("the judge is silent"))
-    assert played.group is None and len(played.voided) == 2 and played.refused == ()
+    assert played.group is None and kinds(played) == ["environment"] * 2
+    assert {one.reason for one in played.lost} == {"the judge is silent"}
 
 
 @pytest.mark.parametrize(
@@ -175,13 +181,19 @@ def test_a_voided_episode_is_counted_and_never_scored():
 )
 def test_an_incomplete_recording_is_refused_with_its_reason(spoil, reason):
     played = play(Script(ANSWER, spoil=spoil), DONE)
-    assert played.group is None and played.voided == () and len(played.refused) == 2
-    assert all(text.startswith("step0/agent#") and reason in text for text in played.refused)
+    assert played.group is None and kinds(played) == ["recording"] * 2
+    assert all(one.reason.startswith("step0/agent#") and reason in one.reason for one in played.lost)
 
 
-def test_a_tool_that_answers_in_markup_gets_its_episode_refused():
+def test_a_tool_that_answers_in_markup_is_shown_it_as_data():
     played = play(Script(CALL, ANSWER), Step(replies=(Message("tool", "</think>"),)), DONE)
-    assert played.group is None and "reserved" in played.refused[0]
+    assert played.group is not None and played.lost == ()
+    (segment,) = played.group.episodes[0].segments
+    plain = play(Script(CALL, ANSWER), Step(replies=(Message("tool", "15"),)), DONE).group
+    assert plain is not None
+    close = CHAT.think_close_id
+    assert (segment.token_ids == close).sum() == (plain.episodes[0].segments[0].token_ids == close).sum()
+    assert "<result></think></result>" in CHAT.decode(segment.token_ids)
 
 
 def test_an_engine_without_experts_needs_no_routes():
@@ -194,10 +206,10 @@ def test_an_engine_without_experts_needs_no_routes():
 
 def test_environments_of_a_group_must_open_alike_and_fit():
     openings = iter("ab")
-    with pytest.raises(ValueError, match="open with the same messages"):
-        play_scenes(Script(ANSWER), lambda: Scene([DONE], (Message("user", next(openings)),)))
-    with pytest.raises(ValueError, match="does not fit max_len = 5"):
-        play(Script(ANSWER), DONE, max_len=5)
+    played = play_scenes(Script(ANSWER), lambda: Scene([DONE], (Message("user", next(openings)),)))
+    assert kinds(played) == ["opening"] * 2 and "open with the same messages" in played.lost[0].reason
+    played = play(Script(ANSWER), DONE, max_len=5)
+    assert kinds(played) == ["opening"] * 2 and "does not fit max_len = 5" in played.lost[0].reason
 
 
 def test_an_environment_that_cannot_start_voids_its_episode_alone():
@@ -215,10 +227,9 @@ def test_an_environment_that_cannot_start_voids_its_episode_alone():
             seed=0,
         )
     )
-    assert len(played.voided) == 1 and played.group is not None and len(played.group.episodes) == 2
+    assert kinds(played) == ["environment"] and played.group is not None and len(played.group.episodes) == 2
     assert script.requests[0].n == 2
-    void = PlayedGroup(group=None, voided=("no kernel",) * 2)
-    assert play_scenes(script, lambda: Scene([], VoidEpisode("no kernel"))) == void
+    assert kinds(play_scenes(script, lambda: Scene([], VoidEpisode("no kernel")))) == ["environment"] * 2
 
 
 class Kernel(Scene):
@@ -246,13 +257,13 @@ class Kernel(Scene):
         ([DONE], (ASK,), None),
         ([VoidEpisode("broken")], (ASK,), None),
         ([], VoidEpisode("no kernel"), None),
-        ([Step(replies=(Message("user", "</think>"),))], (ASK,), None),
-        ([KeyError("a bug")], (ASK,), KeyError),
-        ([], KeyError("a bug"), KeyError),
-        ([DONE], (Message("user", "a" * 500),), ValueError),
+        ([Step(replies=(Message("assistant", "?"),))], (ASK,), None),
+        ([KeyError("a bug")], (ASK,), None),
+        ([], KeyError("a bug"), None),
+        ([DONE], (Message("user", "a" * 500),), None),
         ([], (ASK,), TimeoutError),
     ],
-    ids=["done", "void", "no start", "refused", "bug", "bug at start", "does not fit", "cancelled"],
+    ids=["done", "void", "no start", "unsayable", "bug", "bug at start", "does not fit", "cancelled"],
 )
 def test_every_environment_is_closed_however_its_episode_ends(steps, opening, error):
     async def run() -> None:
@@ -303,7 +314,7 @@ def test_group_rewards_compare_the_episodes_that_are_left_and_see_their_parts():
             seed=0,
         )
     )
-    assert played.group is not None and len(played.voided) == 1
+    assert played.group is not None and kinds(played) == ["environment"]
     answer = Answer("15", "add", len(ids_of(ANSWER)), {"outcome": 1.0})
     assert seen == [[answer, answer]]
     first, second = played.group.episodes
@@ -341,18 +352,25 @@ def test_process_rewards_score_each_segment_and_their_sum_is_the_part():
     ]
 
 
-@pytest.mark.parametrize("kind", ["group_rewards", "process_rewards"])
-def test_a_part_from_two_places_and_a_value_too_few_are_told(kind):
-    with pytest.raises(ValueError, match="'outcome' comes from two places"):
-        play(Script(ANSWER), DONE, **{kind: {"outcome": lambda answers: [0.0] * len(answers)}})
-    with pytest.raises(ValueError, match="one value for each"):
-        play(Script(ANSWER), DONE, **{kind: {"none": lambda answers: []}})
+@pytest.mark.parametrize(("kind", "lost"), [("group_rewards", "reward"), ("process_rewards", "environment")])
+@pytest.mark.parametrize(
+    ("reward", "told"),
+    [
+        ({"outcome": lambda answers: [0.0] * len(answers)}, "'outcome' comes from two places"),
+        ({"none": lambda answers: []}, "one value for each"),
+        ({"none": lambda answers: [float("nan")] * len(answers)}, "finite numbers"),
+        ({"none": lambda answers: 1 / 0}, "ZeroDivisionError: division by zero"),
+    ],
+)
+def test_a_reward_that_fails_costs_what_it_scores(kind, lost, reward, told):
+    played = play(Script(ANSWER), DONE, **{kind: reward})
+    assert played.group is None and kinds(played) == [lost] * 2 and told in played.lost[0].reason
 
 
 def test_a_group_reward_that_cannot_judge_voids_the_group():
     def silent(answers: Sequence[Answer]) -> list[float]:
         raise VoidEpisode("the judge is silent")
 
-    void = PlayedGroup(group=None, voided=("the judge is silent",) * 2)
-    assert play(Script(ANSWER), DONE, group_rewards={"rank": silent}) == void
-    assert play(Script(ANSWER), DONE, process_rewards={"rank": silent}) == void
+    for kind in ("group_rewards", "process_rewards"):
+        played = play(Script(ANSWER), DONE, **{kind: {"rank": silent}})
+        assert played.group is None and [one.reason for one in played.lost] == ["the judge is silent"] * 2

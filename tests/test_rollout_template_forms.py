@@ -15,10 +15,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from trimtab.environments.base import Message, ToolCall
+from trimtab.rollout.attempt import Rules
 from trimtab.rollout.formats.chat import FormatError, MarkupError
 from trimtab.rollout.formats.syntax import PRESETS, Syntax, parameter_schemas
 from trimtab.rollout.formats.template import TemplateChat, load_format
-from trimtab.rollout.play import Rules, play_group
+from trimtab.rollout.play import play_group
 from trimtab.rollout.types import Sampling
 
 ROOT = Path(__file__).parent.parent
@@ -334,7 +335,7 @@ def test_what_trains_is_what_the_engine_saw(said, played, rng):
             seed=0,
         )
     )
-    assert played_group.group is not None and played_group.refused == ()
+    assert played_group.group is not None and played_group.lost == ()
     for episode in played_group.group.episodes:
         assert 1 <= engine.check(episode) <= len(said)
 
@@ -356,4 +357,4 @@ def test_an_opening_that_the_template_refuses_costs_its_group_not_the_run():
             seed=0,
         )
     )
-    assert played.group is None and len(played.refused) == 2 and "must alternate" in played.refused[0]
+    assert played.group is None and len(played.lost) == 2 and "must alternate" in played.lost[0].reason

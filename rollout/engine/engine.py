@@ -52,6 +52,8 @@ class EngineConfig:
     """Decode in CUDA graphs; needs a GPU."""
     sleep: bool = False
     """Whether the engine can rest with its GPU memory given back; needs a GPU."""
+    prefix_caching: bool = True
+    """Keep what was computed of a prompt for others that begin alike."""
     stop_ids: tuple[int, ...] | None = None
     """Ids that end a turn; None: those of the checkpoint."""
     seed: int = 0
@@ -115,7 +117,7 @@ class Engine:
             max_num_batched_tokens=config.max_batched_tokens,
             kv_cache_memory_bytes=config.kv_cache_bytes,
             seed=config.seed,
-            enable_prefix_caching=True,
+            enable_prefix_caching=config.prefix_caching,
             enable_chunked_prefill=True,
             generation_config="vllm",
             logprobs_mode="processed_logprobs",

@@ -1,137 +1,56 @@
-"""Engines in Ray actors behind the interface of one. The logic of sampling is in Engine, which needs no cluster."""
+"""Engines in Ray actors behind the interface of one; the logic of sampling is in Engine, which needs no cluster.
+
+An engine that dies or hangs is replaced, and its requests are repeated, but not for ever: whatever was there at every
+death is given up.
+"""
 
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
 import torch
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
-from trimtab.rollout.engine.engine import ENVIRONMENT, Engine, EngineConfig, check_device, weight_bytes
-from trimtab.rollout.engine.weights import Array, Handle, Layout, Named, shared_chunks, to_arrays
-from trimtab.rollout.types import Completion, Request
+from trimtab.rewards import bounds
+from trimtab.rollout.engine.actor import EngineServer, as_actor, gpu_identity
+from trimtab.rollout.engine.engine import ENVIRONMENT, EngineConfig, check_device, weight_bytes
+from trimtab.rollout.engine.order import Order
+from trimtab.rollout.engine.weights import Named, shared_chunks, to_arrays
+from trimtab.rollout.types import Completion, EngineFailure, Request, RequestLost
 
 Source = Callable[[], Iterable[Named]]
 """The newest weights, tensor by tensor, under the names transformers gives them; each call begins anew."""
 
 START_LIMIT_S = 300.0
 SILENCE_LIMIT_S = 60.0
-RESTARTS_IN_A_ROW = 3
+"""An actor whose process does not answer for so long is dead."""
+PULSE_EVERY_S = 5.0
+DEATHS = 3
+"""A request that was there when so many engines died is given up."""
+LONGEST_PAUSE_S = 30.0
+"""Between two starts of engines that die at once."""
 RECORDING_BYTES = 1 << 30
 """Shared memory for what engines recorded of a batch; beyond it Ray uses the disk."""
 
 
-@ray.remote(num_cpus=0, max_concurrency=4096, scheduling_strategy="SPREAD")
-class EngineActor:
-    """One Engine in one process. Requests join its batch as they arrive, and wait while it is closed: weights and sleep
-    wait until it is idle and close it meanwhile.
-
-    It reserves no core: engines that sample and engines that judge take turns on the cores there are.
-    """
-
-    def __init__(self, config: EngineConfig, asked: float):
-        started = time.time()
-        self._engine = Engine(config)
-        self._engine.start_seconds["process"] = started - asked
-        self._answers: dict[str, asyncio.Future[list[Completion]]] = {}
-        self._open = asyncio.Event()
-        self._open.set()
-        self._loop: asyncio.Task[None] | None = None
-        self._steps = 0
-
-    async def ready(self) -> dict[str, float]:
-        """Return as soon as the engine can serve: the seconds of its start, by part."""
-        return self._engine.start_seconds
-
-    async def gpu(self) -> str | None:
-        """The identity of this engine's GPU."""
-        return gpu_identity()
-
-    async def steps(self) -> int:
-        """Steps so far: an engine at work whose count stands still hangs."""
-        return self._steps
-
-    async def generate(self, request: Request) -> list[Completion]:
-        while not self._open.is_set():
-            await self._open.wait()
-        key = self._engine.add(request)
-        answer = self._answers[key] = asyncio.get_running_loop().create_future()
-        if self._loop is None or self._loop.done():
-            self._loop = asyncio.create_task(self._serve())
-        return await answer
-
-    async def begin_update(self) -> None:
-        await self._close()
-        self._engine.wake("weights")
-        self._engine.begin_update()
-
-    async def receive_shared(self, layout: Layout, handle: Handle) -> None:
-        with self._open_after_errors():
-            self._engine.receive_shared(layout, handle)
-
-    async def receive_stored(self, arrays: list[Array]) -> None:
-        with self._open_after_errors():
-            self._engine.receive_stored(arrays)
-
-    async def finish_update(self, version: int) -> int:
-        with self._open_after_errors():
-            self._engine.finish_update(version)
-        if not self._engine.asleep:
-            self._open.set()
-        return self._engine.weight_version()
-
-    async def weight_version(self) -> int:
-        return self._engine.weight_version()
-
-    async def checksums(self) -> dict[str, float]:
-        return self._engine.checksums()
-
-    async def sleep(self) -> None:
-        await self._close()
-        self._engine.sleep()
-
-    async def wake(self) -> None:
-        self._engine.wake("weights")
-        self._engine.wake("kv_cache")
-        self._open.set()
-
-    async def close(self) -> None:
-        self._engine.close()
-
-    async def _close(self) -> None:
-        """Let what is running end; what comes waits."""
-        self._open.clear()
-        if self._loop is not None:
-            await self._loop
-
-    @contextlib.contextmanager
-    def _open_after_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except Exception:
-            self._open.set()
-            raise
-
-    async def _serve(self) -> None:
-        while self._engine.busy:
-            try:
-                finished = self._engine.step()
-            except Exception as error:
-                for answer in self._answers.values():
-                    answer.set_exception(RuntimeError(f"the engine failed: {error!r}"))
-                raise
-            self._steps += 1
-            for key, completions in finished:
-                self._answers.pop(key).set_result(completions)
-            await asyncio.sleep(0)
-
-
-class EngineError(RuntimeError):
+class EngineError(EngineFailure):
     """Engines do not start, or die again and again."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What is expected of engines."""
+
+    requests: int = 2048
+    """Requests that one engine has at the same time; others wait."""
+    step_seconds: float = 600.0
+    """An engine with requests that does not move for so long is replaced."""
+    restarts: int = 8
+    """Engines that are replaced in a row, without a request that was answered or given up, before the run ends."""
 
 
 class Pool:
@@ -142,6 +61,7 @@ class Pool:
 
     Args:
         num_gpus_per_actor: where Ray puts the engines; their memory is what the config says.
+        limits: when a request waits, and when an engine counts as dead.
         store_bytes: shared memory of the host for weights and recordings, used as it fills; None: room for the
             weights twice and for recordings.
 
@@ -149,12 +69,15 @@ class Pool:
         ValueError: fewer than one actor; graphs or sleep without a GPU.
     """
 
+    _server: type[EngineServer] = EngineServer
+
     def __init__(
         self,
         config: EngineConfig,
         num_actors: int,
         num_gpus_per_actor: float = 0,
         *,
+        limits: Limits = Limits(),
         store_bytes: int | None = None,
     ):
         if num_actors < 1:
@@ -169,7 +92,13 @@ class Pool:
                 logging_level="ERROR",
                 object_store_memory=store_bytes or recordings + 2 * weight_bytes(config),
             )
+        self._limits = limits
+        self._order: tuple[asyncio.AbstractEventLoop, Order] | None = None
+        self._renewals: dict[int, asyncio.Task[None]] = {}
+        self._pulses: dict[Any, asyncio.Task[float]] = {}
         self.restarts = 0
+        self.given_up = 0
+        """Requests that were there whenever engines died."""
         self.start_seconds: list[dict[str, float]] = []
         """Where the time of each engine's start went, once they are ready."""
         self.update_seconds: dict[str, float] = {}
@@ -199,22 +128,85 @@ class Pool:
 
         Raises:
             ValueError: the engine refuses the request.
-            EngineError: engines died several times in a row without finishing anything.
+            RequestLost: it was there whenever engines died.
+            EngineError: engines die again and again.
         """
+        deaths = 0
         while True:
-            home = self._home(request)
-            actor = self._actors[home]
-            self._unfinished[home] += request.n
-            try:
-                completions = await _answer(actor, actor.generate.remote(request))
+            async with self._turns().turn(deaths) as waited:
+                if waited:
+                    most = f"rollout.requests_per_engine = {self._limits.requests}"
+                    bounds.bit("requests_per_engine", f"engines have all the requests they may ({most}); others wait")
+                home = self._home(request)
+                while (renewal := self._renewals.get(home)) is not None:
+                    await asyncio.shield(renewal)
+                actor = self._actors[home]
+                self._unfinished[home] += request.n
+                try:
+                    completions = await self._answer(actor, request)
+                    self._restarts_in_a_row = 0
+                    return completions
+                except (RayActorError, RayTaskError, TimeoutError) as error:
+                    if isinstance(error, RayTaskError) and isinstance(error.cause, ValueError):
+                        raise ValueError(str(error.cause)) from None
+                    died = error
+                finally:
+                    self._unfinished[home] -= request.n
+                deaths += 1
+                self._turns().died()
+                await self._replace(home, actor, died)
+            if deaths == DEATHS:
+                self.given_up += 1
                 self._restarts_in_a_row = 0
-                return completions
-            except (RayActorError, RayTaskError, TimeoutError) as error:
-                if isinstance(error, RayTaskError) and isinstance(error.cause, ValueError):
-                    raise ValueError(str(error.cause)) from None
-                self._replace(home, actor, error)
-            finally:
-                self._unfinished[home] -= request.n
+                raise RequestLost(f"{request.name}: {deaths} engines died while they had it: {_cause(died)}")
+
+    def _turns(self) -> Order:
+        """The order of requests in the event loop that runs now."""
+        loop = asyncio.get_running_loop()
+        if self._order is None or self._order[0] is not loop:
+            self._order = loop, Order(self._limits.requests * len(self._actors))
+            self._renewals.clear()
+            self._pulses.clear()
+        return self._order[1]
+
+    async def _answer(self, actor: Any, request: Request) -> list[Completion]:
+        """The answer of an actor at work.
+
+        Raises:
+            TimeoutError: its process is silent, or its engine stands still.
+        """
+        answer = asyncio.ensure_future(_wait(actor.generate.remote(request)))
+        try:
+            while not answer.done():
+                await asyncio.wait([answer], timeout=PULSE_EVERY_S)
+                if answer.done():
+                    break
+                still = await self._pulse(actor)
+                if still > self._limits.step_seconds:
+                    late = f"rollout.step_seconds = {self._limits.step_seconds:g}"
+                    bounds.bit("step_seconds", f"an engine did not move for longer than {late} and is replaced")
+                    raise TimeoutError(f"no step in {still:.0f} s ({late})")
+            return answer.result()
+        finally:
+            answer.cancel()
+
+    async def _pulse(self, actor: Any) -> float:
+        """An actor's pulse, which all who wait for the actor share.
+
+        Raises:
+            TimeoutError: it is silent.
+            RayActorError: it is dead.
+        """
+        asked = self._pulses.get(actor)
+        if asked is None:
+            asked = self._pulses[actor] = asyncio.ensure_future(
+                asyncio.wait_for(_wait(actor.pulse.remote()), SILENCE_LIMIT_S)
+            )
+            asked.add_done_callback(lambda _: self._pulses.pop(actor, None))
+        try:
+            return await asyncio.shield(asked)
+        except TimeoutError:
+            raise TimeoutError(f"no sign of life in {SILENCE_LIMIT_S:g} s") from None
 
     def load_weights(self, source: Source, version: int) -> None:
         """Load weights everywhere, once each engine has finished what it has; later requests see the new ones.
@@ -233,7 +225,7 @@ class Pool:
         self._homes.clear()
         actors = list(self._actors)
         for home, error in self._deliver(actors).items():
-            self._replace(home, actors[home], error)
+            asyncio.run(self._renew(home, error))
 
     def _deliver(self, actors: list[Any]) -> dict[int, BaseException]:
         """Bring the newest weights to these actors: which of them failed, and how."""
@@ -290,16 +282,19 @@ class Pool:
             self._ask("wake")
 
     def _ask(self, method: str, *arguments: Any) -> list[Any]:
-        """The answer of every engine to the same call.
+        """The answer of every engine to the same call; one that died or hangs is replaced and asked again.
 
         Raises:
-            EngineError: one died, failed or hangs.
+            EngineError: one fails again and again.
         """
-        try:
-            asked = [getattr(actor, method).remote(*arguments) for actor in self._actors]
-            return ray.get(asked, timeout=START_LIMIT_S)
-        except (RayActorError, RayTaskError, GetTimeoutError) as error:
-            raise EngineError(f"an engine failed at {method}: {_cause(error)}") from error
+        calls = _Calls(list(self._actors))
+        found = calls.ask(method, dict.fromkeys(range(len(self._actors)), arguments))
+        while calls.failed:
+            for home, error in calls.failed.items():
+                asyncio.run(self._renew(home, error))
+            again, calls = list(calls.failed), _Calls(list(self._actors))
+            found |= calls.ask(method, dict.fromkeys(again, arguments))
+        return [found[home] for home in range(len(self._actors))]
 
     def close(self) -> None:
         """End every engine, and Ray where this pool started it; may be called again."""
@@ -315,36 +310,52 @@ class Pool:
 
     def _start(self) -> Any:
         environment = {**ENVIRONMENT, "OMP_NUM_THREADS": "1"}
-        actor: Any = EngineActor
-        return actor.options(num_gpus=self._num_gpus, runtime_env={"env_vars": environment}).remote(
-            self._config, time.time()
-        )
+        actor = as_actor(self._server).options(num_gpus=self._num_gpus, runtime_env={"env_vars": environment})
+        return actor.remote(self._config, time.time())
 
     def _home(self, request: Request) -> int:
-        """The actor that has the request's group, else the one with the fewest unfinished continuations."""
-        freest = self._unfinished.index(min(self._unfinished))
+        """The actor that has the request's group, else the one with the fewest unfinished continuations that lives."""
+        living = [home for home in range(len(self._actors)) if home not in self._renewals]
+        freest = min(living or range(len(self._actors)), key=self._unfinished.__getitem__)
         group, hash_sign, _ = request.name.partition("#")
         return self._homes.setdefault(group, freest) if hash_sign else freest
 
-    def _replace(self, home: int, dead: Any, error: BaseException) -> None:
-        """Start a new actor in the place of a dead one, unless another request has seen to it."""
+    async def _replace(self, home: int, dead: Any, error: BaseException) -> None:
+        """Put a new engine in the place of a dead one; whoever finds it dead waits for the same start.
+
+        Raises:
+            EngineError: engines die again and again.
+        """
         if self._actors[home] is not dead:
             return
-        self.restarts += 1
-        self._restarts_in_a_row += 1
-        if self._restarts_in_a_row > RESTARTS_IN_A_ROW:
-            raise EngineError(
-                f"engines died {self._restarts_in_a_row} times without finishing a request; the last: {_cause(error)}"
-            )
-        ray.kill(dead)
-        actor = self._actors[home] = self._start()
-        try:
-            ray.get(actor.ready.remote(), timeout=START_LIMIT_S)
-            failed = self._deliver([actor]) if self._newest is not None else {}
-        except (RayActorError, RayTaskError, GetTimeoutError) as again:
-            failed = {0: again}
-        if failed:
-            self._replace(home, actor, failed[0])
+        renewal = self._renewals.get(home)
+        if renewal is None:
+            renewal = self._renewals[home] = asyncio.ensure_future(self._renew(home, error))
+            renewal.add_done_callback(lambda _: self._renewals.pop(home, None))
+        await asyncio.shield(renewal)
+
+    async def _renew(self, home: int, error: BaseException) -> None:
+        """Start an engine with the newest weights in this place; nothing waits for it but those who need it."""
+        while True:
+            self.restarts += 1
+            self._restarts_in_a_row += 1
+            if self._restarts_in_a_row > self._limits.restarts:
+                raise EngineError(
+                    f"{self._restarts_in_a_row} engines in a row died without answering a request "
+                    f"(rollout.max_restarts = {self._limits.restarts}); the last: {_cause(error)}"
+                ) from error
+            ray.kill(self._actors[home])
+            await asyncio.sleep(min(0.1 * 2 ** (self._restarts_in_a_row - 1), LONGEST_PAUSE_S))
+            actor = self._start()
+            try:
+                await asyncio.wait_for(_wait(actor.ready.remote()), START_LIMIT_S)
+                failed = await asyncio.to_thread(self._deliver, [actor]) if self._newest is not None else {}
+            except (RayActorError, RayTaskError, TimeoutError) as again:
+                failed = {0: again}
+            self._actors[home] = actor
+            if not failed:
+                return
+            error = failed[0]
 
 
 class _Calls:
@@ -372,39 +383,15 @@ class _Calls:
         return answers
 
 
-def gpu_identity() -> str | None:
-    """The GPU that this process works on, the same name in every process; None without one."""
-    if not torch.cuda.is_available():
-        return None
-    return str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
-
-
 def gpu_share(engines: int) -> float:
     """The part of a GPU for each of so many engines, with as much left for a trainer; 0 where there is no GPU."""
     share = torch.cuda.device_count() / (engines + 1)
     return min(1.0, int(100 * share) / 100)
 
 
-async def _answer(actor: Any, reference: Any) -> Any:
-    """The answer of an actor at work.
-
-    Raises:
-        TimeoutError: the actor is silent, or its engine stands still.
-    """
-
-    async def wait(awaited: Any) -> Any:
-        return await awaited
-
-    answer = asyncio.ensure_future(wait(reference))
-    seen = -1
-    while not answer.done():
-        await asyncio.wait([answer], timeout=SILENCE_LIMIT_S)
-        if not answer.done():
-            steps = await asyncio.wait_for(wait(actor.steps.remote()), SILENCE_LIMIT_S)
-            if steps == seen:
-                raise TimeoutError(f"the engine made no step in {SILENCE_LIMIT_S:.0f} seconds")
-            seen = steps
-    return answer.result()
+async def _wait(reference: Any) -> Any:
+    """An answer of Ray's, as a coroutine."""
+    return await reference
 
 
 def _cause(error: BaseException) -> str:

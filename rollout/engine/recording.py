@@ -87,7 +87,8 @@ class RecordingSampler(Sampler):
         self, logits: Tensor, sampling_metadata: SamplingMetadata, logprobs_mode_override: Any = None
     ) -> tuple[Tensor, Tensor | None]:
         meta = sampling_metadata
-        assert meta.all_random and meta.temperature is not None, "a greedy row has no kept set"
+        if not meta.all_random or meta.temperature is None:
+            raise ValueError("a greedy row has no kept set; sample with a temperature")
         logit_BV = logits / meta.temperature[:, None]
         top_k_B = torch.full_like(meta.temperature, logits.shape[-1]) if meta.top_k is None else meta.top_k
         logp_BK, id_BK = truncate(logit_BV, top_k_B, meta.top_p)
@@ -106,7 +107,8 @@ class RecordingCPUWorker(REPORTING):
     def init_device(self) -> None:
         super().init_device()
         runner: Any = self.model_runner
-        assert self.model_config.logprobs_mode == "processed_logprobs", self.model_config.logprobs_mode
+        if (mode := self.model_config.logprobs_mode) != "processed_logprobs":
+            raise ValueError(f"log-probabilities must be those of the kept set, processed_logprobs, got {mode}")
         sampler = runner.sampler = RecordingSampler(logprobs_mode=runner.sampler.logprobs_mode)
         sample_tokens = runner.sample_tokens
 

@@ -3,7 +3,8 @@
 What the policy sampled is never tokenised again: the sequence trained on is the sequence the engine saw. The text is
 that of the encoder which DeepSeek publishes with the checkpoint, to the byte. What can be said differs:
 
-1. Text that contains markup is refused; the encoder passes it through.
+1. Markup in the text of the world is data (letters.py): the same letters, in other tokens. In what an assistant says it
+   is refused. The encoder passes both through.
 2. Messages that cannot follow each other are refused (check_turns), such as a system message between a question and its
    answer, which the encoder writes into the answer.
 3. In thinking mode an answer may come without reasoning and calls, which the encoder refuses: policies say such.
@@ -15,6 +16,7 @@ from copy import copy
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -42,7 +44,8 @@ from trimtab.rollout.formats.dsml import (
     response_format_block,
     tools_block,
 )
-from trimtab.rollout.formats.strict_json import dumps
+from trimtab.rollout.formats.letters import CUT, alternatives, cut, readable
+from trimtab.rollout.formats.strict_json import map_texts
 
 
 class FormatError(ValueError):
@@ -81,6 +84,7 @@ class Chat:
         added = {text: i for text, i in tokenizer.get_added_vocab().items() if text.strip()}
         self._added = frozenset(added.values())
         self._reserved = (*RESERVED, *sorted(added.keys() - {*RESERVED, *MARKUP}))
+        self._marks = alternatives((*RESERVED, *MARKUP, *SPECIAL_TOKENS, *added))
         self.bos_id, self.eos_id = vocabulary[BOS], vocabulary[EOS]
         self.stop_ids = tuple(dict.fromkeys((self.eos_id, *stops)))
         """What an engine must stop at."""
@@ -99,8 +103,22 @@ class Chat:
         return Conversation(self, messages, thinking=thinking)
 
     def encode(self, text: str) -> tuple[int, ...]:
-        """Ids of text, in which markup becomes the tokens it stands for."""
-        return tuple(self._tokenizer.encode(text, add_special_tokens=False))
+        """Ids of text, in which markup becomes the tokens it stands for, save where it is cut."""
+        pieces = text.split(CUT)
+        return tuple(i for piece in pieces for i in self._tokenizer.encode(piece, add_special_tokens=False))
+
+    def data(self, text: str) -> str:
+        """text of the world, in which encode finds no mark.
+
+        Raises:
+            MarkupError: the tokenizer reads a token of its own in it however it is cut.
+        """
+        cut_text = cut(text, self._marks)
+        if not self._added.isdisjoint(self.encode(cut_text)):  # a token that is spelt in several ways
+            cut_text = CUT.join(readable(text).replace(CUT, "\ufffd"))
+        if found := self.decode([i for i in self.encode(cut_text) if i in self._added][:1]):
+            raise MarkupError(f"the tokenizer reads the reserved {found!r} in the text; remove it: {text[:80]!r}")
+        return cut_text
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of ids, markup included."""
@@ -186,8 +204,7 @@ def _texts(message: Message) -> list[str]:
     """Every text of a message, arguments as they are written."""
     arguments = [text for call in message.tool_calls for text in (call.name, *call.arguments)]
     values = [format_value(value) for call in message.tool_calls for value in call.arguments.values()]
-    schemas = [dumps(dict(schema)) for schema in (*message.tools, message.response_format or {})]
-    return [message.content, message.reasoning, *arguments, *values, *schemas]
+    return [message.content, message.reasoning, *arguments, *values]
 
 
 def check_turns(messages: Iterable[Message]) -> None:
@@ -249,7 +266,7 @@ class Conversation:
         """Append messages that this policy did not sample; on an error nothing is appended.
 
         Raises:
-            MarkupError: a text contains markup.
+            MarkupError: an assistant's text contains markup.
             ValueError: messages that cannot follow (check_turns), results that come one by one, what the format cannot
                 say.
         """
@@ -279,19 +296,27 @@ class Conversation:
             if role == "assistant":
                 self._append_said(message, chat.encode_assistant(message, thinking=self._thinking))
                 continue
-            chat.check_plain(*_texts(message))
             self.messages += (message,)
+            content = chat.data(message.content)
             if role == "system":
-                self._append(chat.encode(message.content + _blocks(message)))
+                self._append(chat.encode(content + self._blocks(message)))
             elif role != "tool":
                 self._users += 1
-                text = message.content if role == "user" else _blocks(message) + DEVELOPER + message.content
+                text = content if role == "user" else self._blocks(message) + DEVELOPER + content
                 self._append(chat.encode(USER + text + ASSISTANT))
                 self._append_opener()
         if role == "tool":
-            results = (RESULT_CLOSE + RESULT_OPEN).join(message.content for message in batch)
+            results = (RESULT_CLOSE + RESULT_OPEN).join(chat.data(message.content) for message in batch)
             self._append(chat.encode(RESULTS_OPEN + RESULT_OPEN + results + RESULT_CLOSE + RESULTS_CLOSE))
             self._append_opener()
+
+    def _blocks(self, message: Message) -> str:
+        """What a system or developer message says of tools and of the format of answers, each behind a blank line."""
+        schemas = [map_texts(dict(tool), self._chat.data) for tool in message.tools]
+        tools = "\n\n" + tools_block(schemas) if schemas else ""
+        if message.response_format is None:
+            return tools
+        return f"{tools}\n\n{response_format_block(map_texts(dict(message.response_format), self._chat.data))}"
 
     def _append_said(self, message: Message, ids: tuple[int, ...]) -> None:
         reasoning, answer = self._chat.split(ids, thinking=self._thinking)
@@ -307,22 +332,30 @@ class Conversation:
         self._pieces.append(_Piece(ids, ids if stale_ids is None else stale_ids, self._users))
 
 
-def _blocks(message: Message) -> str:
-    """What a system or developer message says of tools and of the format of answers, each behind a blank line."""
-    tools = "\n\n" + tools_block(message.tools) if message.tools else ""
-    return tools + ("\n\n" + response_format_block(message.response_format) if message.response_format else "")
+class Format(Protocol):
+    """What Chat and TemplateChat have in common."""
+
+    def conversation(self, messages: Iterable[Message], *, thinking: bool) -> Any:
+        """A conversation that begins with messages."""
+
+    def encode_assistant(self, message: Message, *, thinking: bool) -> tuple[int, ...]:
+        """The ids a policy would have sampled to say message, the end of its turn included."""
 
 
-def render(chat: Chat, messages: Sequence[Message], *, thinking: bool) -> list[tuple[np.ndarray, np.ndarray]]:
+def render(chat: Format, messages: Sequence[Message], *, thinking: bool) -> list[tuple[np.ndarray, np.ndarray]]:
     """A demonstration as the sequences an engine would have seen had the policy sampled it.
 
-    A new sequence starts where the prompt no longer extends the one before: at dropped reasoning.
+    A new sequence starts where the prompt no longer extends the one before: at dropped reasoning. Messages behind the
+    last turn of an assistant are left out.
 
     Returns:
         For each sequence its ids, int32 [N], and whether the policy sampled them, bool [N].
+
+    Raises:
+        ValueError: the format cannot say it.
     """
     sequences: list[tuple[list[int], list[bool]]] = []
-    conversation = Conversation(chat, (), thinking=thinking)
+    conversation = chat.conversation((), thinking=thinking)
     for assistant, group in groupby(messages, key=lambda message: message.role == "assistant"):
         if not assistant:
             conversation.add(group)
@@ -335,5 +368,5 @@ def render(chat: Chat, messages: Sequence[Message], *, thinking: bool) -> list[t
             said = chat.encode_assistant(message, thinking=thinking)
             sampled += [False] * (len(prompt) - len(ids)) + [True] * len(said)
             ids += [*prompt[len(ids) :], *said]
-            conversation.add([message])
+            conversation.add_sampled(said)
     return [(np.array(ids, np.int32), np.array(sampled, bool)) for ids, sampled in sequences]

@@ -1,12 +1,6 @@
-"""A tokenizer with its chat template: messages to text, text to ids, ids to text.
-
-The text of the world is data. Where it holds what the tokenizer reads as a token of its own (a question about
-<|im_end|>), it is cut behind its first letter by CUT, which no template knows and no token holds: both sides are
-tokenised apart, so that the model sees the same letters and no mark.
-"""
+"""A tokenizer with its chat template: messages to text, text to ids, ids to text."""
 
 import json
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,9 +11,9 @@ from transformers import PreTrainedTokenizerBase
 
 from trimtab.environments.base import Message, ToolCall
 from trimtab.rollout.formats.chat import FormatError, MarkupError
+from trimtab.rollout.formats.letters import CUT, alternatives, cut
 from trimtab.rollout.formats.openai_messages import to_openai
-
-CUT = "\ufdd0"  # not a character, by definition of Unicode
+from trimtab.rollout.formats.strict_json import map_texts
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,28 +57,17 @@ class Rendering:
     def reserve(self, marks: Iterable[str]) -> None:
         """Count marks as reserved, beside the tokenizer's special tokens: no policy may write them."""
         self.reserved = tuple(dict.fromkeys((*self._special, *marks)))
-        self._marks = _alternatives(self.reserved)
-        self._all = _alternatives((*self.reserved, *self.added))
+        self._marks = alternatives(self.reserved)
+        self._all = alternatives((*self.reserved, *self.added))
 
     def data(self, text: str, *, said: bool = False) -> str:
-        """text with every added token in it cut, so that it is data to template and tokenizer.
+        """text with every added token in it cut, so that it is data to template and tokenizer (letters.py).
 
         Args:
             said: whether an assistant says it, who may use tokens that are words (Gemma has <table>): only what is
                 reserved is cut.
-
-        Raises:
-            MarkupError: it is not Unicode.
         """
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:  # users and tools say what they like
-            raise MarkupError(f"text that is not Unicode: {text[:80]!r}") from error
-        text = text.replace(CUT, "\ufffd")
-        pattern = self._marks if said else self._all
-        while pattern.search(text):
-            text = pattern.sub(lambda match: match[0][0] + CUT + match[0][1:], text)
-        return text
+        return cut(text, self._marks if said else self._all)
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Ids of text, in which marks become the tokens they stand for, save those that are cut.
@@ -119,12 +102,11 @@ class Rendering:
             calls: take the template for tools, of a tokenizer that has one, although nothing in messages asks for it.
 
         Raises:
-            MarkupError: a text is not Unicode.
             FormatError: messages that the template refuses, tools that it leaves out.
             ValueError: messages that do not follow each other.
         """
         records = to_openai(messages)
-        tools = [_map(tool, self.data) for record in records for tool in record.pop("tools", ())]
+        tools = [map_texts(tool, self.data) for record in records for tool in record.pop("tools", ())]
         records = self._records(records, messages)
         calls = calls or bool(tools) or any(message.tool_calls for message in messages)
         try:
@@ -177,7 +159,7 @@ class Rendering:
         for i, call in enumerate(record["tool_calls"]):
             call["id"] = _call_id(count + i)
             if not self.habits.text_arguments:
-                call["function"]["arguments"] = _map(
+                call["function"]["arguments"] = map_texts(
                     json.loads(call["function"]["arguments"]), partial(self.data, said=True)
                 )
 
@@ -185,18 +167,3 @@ class Rendering:
 def _call_id(number: int) -> str:
     """Nine letters and digits, which Mistral's templates ask for."""
     return f"call{number:05d}"
-
-
-def _map(value: Any, change: Callable[[str], str]) -> Any:
-    """A JSON value with every text in it changed, names included."""
-    if isinstance(value, str):
-        return change(value)
-    if isinstance(value, dict):
-        return {change(key): _map(one, change) for key, one in value.items()}
-    return [_map(one, change) for one in value] if isinstance(value, list | tuple) else value
-
-
-def _alternatives(texts: Iterable[str]) -> re.Pattern[str]:
-    """A pattern of the longest of texts at each place, single letters left out; of nothing where there are none."""
-    longest = sorted({text for text in texts if len(text) > 1}, key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, longest)) if longest else r"(?!)")

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 
@@ -36,6 +37,15 @@ def loads(text: str) -> Any:
     except (ValueError, RecursionError) as error:  # model output: malformed, never a crash
         raise ValueError(f"not JSON ({error}): {text[:80]!r}") from error
     return value
+
+
+def map_texts(value: Any, change: Callable[[str], str]) -> Any:
+    """A JSON value with every text in it changed, names included."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, dict):
+        return {change(key): map_texts(one, change) for key, one in value.items()}
+    return [map_texts(one, change) for one in value] if isinstance(value, list | tuple) else value
 
 
 def _refuse_constant(constant: str) -> NoReturn:

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trimtab.environments.base import Message
 from trimtab.rollout.checkpoint import read_config, stop_ids
 from trimtab.rollout.formats.chat import SPECIAL_TOKENS, Chat, MarkupError, check_turns, check_unicode
+from trimtab.rollout.formats.letters import cleaned
 from trimtab.rollout.formats.openai_messages import dump_arguments
 from trimtab.rollout.formats.probing import AGAIN, ASK, CALL, REASONING, RESULT, SAID, TOOL, anonymous, probe
 from trimtab.rollout.formats.rendering import Rendering
@@ -339,10 +340,9 @@ class TemplateConversation:
         """Append messages that this policy did not sample; on an error nothing is appended.
 
         Raises:
-            MarkupError: text that is not Unicode.
             ValueError: messages that cannot follow (chat.check_turns), or that TemplateChat.check refuses.
         """
-        messages = tuple(messages)
+        messages = cleaned(messages)
         check_turns((*self.messages, *messages))
         for message in messages:
             self._chat.check(message, thinking=self._thinking)
