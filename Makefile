@@ -3,7 +3,7 @@ BIN := .venv/bin
 PACKAGES := kernels rewards environments rollout grpo
 EXTRA := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
 
-.PHONY: quickstart smollm2 test lint
+.PHONY: quickstart smollm2 test soak lint
 
 # A step's buffers are megabytes: glibc would take them from the system anew each time, at a tenth of the run's time.
 quickstart: export MALLOC_MMAP_THRESHOLD_ := 1000000000
@@ -18,11 +18,15 @@ smollm2: .venv/.stamp
 	$(BIN)/trimtab train smollm2
 
 # Tests run side by side, a thread each; those with engines want the machine for themselves.
-ENGINES := $(patsubst %,tests/test_%.py,gpu_engine gpu_graphs gpu_parity judge_eval judge_server parity rollout_engine rollout_judge rollout_pool train)
+ENGINES := $(patsubst %,tests/test_%.py,faults_engines gpu_engine gpu_graphs gpu_parity judge_eval judge_server parity rollout_engine rollout_judge rollout_pool train)
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(patsubst %,--ignore=%,$(ENGINES))
 	$(BIN)/python -m pytest $(ENGINES)
+
+# Slow, so not among the tests: whoever changes how runs end, save or resume.
+soak: .venv/.stamp
+	$(BIN)/python -m pytest --slow tests/test_faults_soak.py
 
 lint: .venv/.stamp
 	$(BIN)/ruff check .

@@ -30,9 +30,10 @@ from trimtab.environments.base import Env, Message, Step, ToolCall
 from trimtab.environments.tasks.agent import KEYS, MAX_VALUE, PREVIOUS, AgentEnv, Goal
 from trimtab.environments.tools.corpus import RELATIONS, World
 from trimtab.environments.tools.search import SearchTask
+from trimtab.rollout.attempt import Generate, Rules
 from trimtab.rollout.context import SUMMARISE, SUMMARY, ContextPolicy, Format, fewest_steps, steps
 from trimtab.rollout.formats.dsml import ASSISTANT, INVOKE_CLOSE, INVOKE_OPEN, PARAMETER_CLOSE, PARAMETER_OPEN, USER
-from trimtab.rollout.play import Generate, Rules, gather, play_group
+from trimtab.rollout.play import gather, play_group
 from trimtab.rollout.scripted import Scripted, byte_chat
 from trimtab.rollout.types import Group, Sampling
 

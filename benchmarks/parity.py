@@ -36,9 +36,9 @@ from trimtab.grpo.policy.policy import Policy, load_policy
 from trimtab.grpo.stages.cold_start import quickstart_policy
 from trimtab.grpo.trainer import Trainer
 from trimtab.kernels import reference
+from trimtab.rollout.attempt import recorded as recorded_segment
 from trimtab.rollout.checkpoint import read_config
 from trimtab.rollout.engine.engine import Engine, EngineConfig
-from trimtab.rollout.play import recorded as recorded_segment
 from trimtab.rollout.types import Completion, Request, Sampling
 
 MAX_TOKENS = 128

@@ -30,6 +30,11 @@ class Trajectory:
     settings: LossSettings
 
     @property
+    def has_gradient(self) -> bool:
+        """Whether it does more than count in the divisor: it has an advantage, or a KL that pulls on it."""
+        return self.advantage != 0 or self.settings.beta > 0
+
+    @property
     def num_tokens(self) -> int:
         """Tokens the policy reads, of all segments."""
         return sum(len(segment.token_ids) for segment in self.segments)
@@ -88,8 +93,8 @@ class Packed:
 def trajectories(groups: Sequence[Group], settings: Mapping[str, LossSettings]) -> list[Trajectory]:
     """The episodes to train on, with their advantages, in the order given.
 
-    A group whose rewards are all equal is dropped: its advantages are 0, and only the KL would pull on it. Where
-    dropped groups should still count, they belong in the divisor of the loss, which the caller passes.
+    A group whose rewards are all equal has advantages of 0: its KL pulls on it, and it counts in the divisor as every
+    other does [DeepSeek-V3.2, eq. 5]. Where its domain says drop_equal_groups, it is left out.
 
     Raises:
         ValueError: a reward that is not finite, a domain without settings, an episode without segments.
@@ -102,7 +107,7 @@ def trajectories(groups: Sequence[Group], settings: Mapping[str, LossSettings]) 
         if not reward_G.isfinite().all():
             raise ValueError(f"group {group.name!r} holds a reward that is not finite: {reward_G.tolist()}")
         advantage_G = group_advantage(reward_G)
-        if not advantage_G.any():
+        if settings[group.domain].drop_equal_groups and not advantage_G.any():
             continue
         for episode, advantage in zip(group.episodes, advantage_G.tolist(), strict=True):
             trajectory = Trajectory(
@@ -184,7 +189,7 @@ def _packed(members: Sequence[Trajectory]) -> Packed:
         beta_B=_floats([trajectory.settings.beta for trajectory in members]),
         clip_low_B=_floats([trajectory.settings.clip_low for trajectory in members]),
         clip_high_B=_floats([trajectory.settings.clip_high for trajectory in members]),
-        delta_B=_floats([math.inf if t.settings.delta is None else t.settings.delta for t in members]),
+        delta_B=_floats([_delta(trajectory.settings) for trajectory in members]),
     )
 
 
@@ -208,3 +213,9 @@ def _offsets(counts: Sequence[int] | np.ndarray) -> Tensor:
 
 def _floats(values: Sequence[float]) -> Tensor:
     return torch.tensor(values, dtype=torch.float32)
+
+
+def _delta(settings: LossSettings) -> float:
+    if isinstance(settings.delta, str):
+        raise ValueError(f"delta {settings.delta!r} is a percentile; the trainer puts a number in its place")
+    return math.inf if settings.delta is None else settings.delta

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -16,6 +17,9 @@ from pydantic import TypeAdapter, ValidationError
 from trimtab.rewards.types import GroupReward, ProcessReward
 from trimtab.rollout.context import ContextPolicy
 from trimtab.rollout.types import Sampling
+
+_FILE_MODULE = "trimtab_file_"
+"""Begins the names of modules that were loaded from files."""
 
 
 def load(path: str) -> Any:
@@ -36,7 +40,7 @@ def load(path: str) -> Any:
 
 def _load_file(file: Path) -> ModuleType:
     file = file.resolve()
-    key = f"trimtab_file_{hashlib.sha256(str(file).encode()).hexdigest()[:16]}"
+    key = f"{_FILE_MODULE}{hashlib.sha256(str(file).encode()).hexdigest()[:16]}"
     if key not in sys.modules:
         spec = importlib.util.spec_from_file_location(key, file)
         assert spec and spec.loader
@@ -50,9 +54,38 @@ def _load_file(file: Path) -> ModuleType:
     return sys.modules[key]
 
 
+def loaded_files() -> list[Path]:
+    """The files that `load` has run in this process."""
+    modules = [module for name, module in sys.modules.items() if name.startswith(_FILE_MODULE)]
+    return sorted(Path(module.__file__) for module in modules if module.__file__)
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The leaves of nested mappings by dotted name."""
+    found: dict[str, Any] = {}
+    for name, value in tree.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return found
+
+
 def resolved(value: int | None) -> int:
     """A setting that grpo/setup/resolve.py has filled in."""
     assert value is not None, "a configuration plays and trains once it is resolved"
+    return value
+
+
+def percentile(text: str) -> float:
+    """What p99 means.
+
+    Raises:
+        ValueError: it is no percentile.
+    """
+    try:
+        value = float(text.removeprefix("p"))
+    except ValueError:
+        value = math.nan
+    if not (text.startswith("p") and 0 <= value <= 100):
+        raise ValueError(f"delta is a number, None, or a percentile such as p99, got {text!r}")
     return value
 
 
@@ -66,8 +99,12 @@ class LossSettings:
     """The ratio is clipped below at 1 - clip_low."""
     clip_high: float = 0.28
     """... and above at 1 + clip_high."""
-    delta: float | None = 0.1
-    """A failed trajectory whose mean log(pi_old / pi) exceeds this leaves the surrogate; None keeps all."""
+    delta: float | str | None = 0.1
+    """A failed trajectory whose mean log(pi_old / pi) exceeds this leaves the surrogate; None keeps all. As p99, p95 or
+    the like: that percentile of the domain's trajectories in the rollout batch before."""
+    drop_equal_groups: bool = False
+    """Leave groups out whose rewards are all equal, with their KL term and their part of the divisor: the fewer have
+    signal, the more each counts. Otherwise their KL stays [DeepSeek-V3.2, eq. 5], and every group counts the same."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.beta < math.inf:
@@ -76,7 +113,9 @@ class LossSettings:
             raise ValueError(f"clip_low must lie in (0, 1], got {self.clip_low}")
         if not self.clip_high > 0:
             raise ValueError(f"clip_high must be above 0, got {self.clip_high}")
-        if self.delta is not None and not self.delta >= 0:
+        if isinstance(self.delta, str):
+            percentile(self.delta)
+        elif self.delta is not None and not self.delta >= 0:
             raise ValueError(f"delta must be 0 or more (or None to keep every trajectory), got {self.delta}")
 
 
@@ -112,12 +151,38 @@ class Domain:
     context: ContextPolicy = field(default_factory=ContextPolicy)
     max_turns: int = 16
     """Assistant messages of an episode, at most."""
+    floor: float | None = None
+    """What an episode earns at most that is cut off, malformed or has too many turns; None: as much as the worst answer
+    of its group."""
+    grade_check: bool = True
+    """Before training on a file, its own answers must earn full marks and rubbish none, up to the share max_lost
+    (trimtab grade-check). False: answers of the file are not meant to earn full marks."""
+    max_lost: float = 0.5
+    """Share of the groups that may be lost (a reward, a tool, a judge that fails), over the latest steps with 8 groups
+    together; above it the run stops and says why."""
+    open_environments: int = 64
+    """Environments open at the same time; groups of a batch wait for each other beyond it. One of the interpreter's
+    takes about 60 MiB."""
+    episode_seconds: float = 1800.0
+    """From an episode's first turn to its reward; one that takes longer is lost."""
+    group_seconds: float = 3600.0
+    """The same of a group of episodes, its opening included."""
 
     def __post_init__(self) -> None:
-        if self.prompts < 1:
-            raise ValueError(f"prompts must be at least 1, got {self.prompts}")
-        if self.max_turns < 1:
-            raise ValueError(f"max_turns must be at least 1, got {self.max_turns}")
+        for name in ("prompts", "max_turns", "open_environments"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("episode_seconds", "group_seconds"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        if not any(self.weights.values()):
+            raise ValueError(f"weights must give at least one reward part a weight other than 0, got {self.weights}")
+        if wrong := {part: weight for part, weight in self.weights.items() if not math.isfinite(weight)}:
+            raise ValueError(f"weights must be finite, got {wrong}")
+        if not 0 <= self.max_lost <= 1:
+            raise ValueError(f"max_lost is a share of groups in [0, 1], got {self.max_lost}")
+        if self.floor is not None and not math.isfinite(self.floor):
+            raise ValueError(f"floor must be finite (or None: as the worst answer of the group), got {self.floor}")
         soft, hard = self.length_soft, self.length_hard
         if soft is not None and not 0 < soft < (math.inf if hard is None else hard):
             raise ValueError(f"length_soft must lie in (0, length_hard), got {soft} of {hard}")
@@ -210,9 +275,20 @@ class Rollout:
     """Decode in CUDA graphs; None: on a GPU."""
     sleep: bool | None = None
     """Engines leave the GPU while the policy trains; None: where the ledger says that both do not fit."""
+    requests_per_engine: int = 2048
+    """Requests that one engine has at the same time; others wait."""
+    step_seconds: float = 600.0
+    """An engine with requests that does not move for so long is replaced."""
+    max_restarts: int = 8
+    """Engines that are replaced in a row, without a request that is answered or given up, before the run ends."""
+    deterministic: bool = False
+    """One sequence at a time and no prefix cache: what is sampled does not depend on the order in which requests come.
+    On a CPU two runs are then equal to the bit; the price is the batch."""
 
     def __post_init__(self) -> None:
-        for name in ("actors", "max_len", "kv_cache_mib", "max_num_seqs"):
+        if not self.step_seconds > 0:
+            raise ValueError(f"rollout.step_seconds must be above 0, got {self.step_seconds}")
+        for name in ("actors", "max_len", "kv_cache_mib", "max_num_seqs", "requests_per_engine", "max_restarts"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"rollout.{name} must be at least 1, got {value}")
@@ -262,6 +338,13 @@ class Judge:
     """How often a judge is asked for a reply that can be read; from the second time on it is sampled anew."""
     at_once: int = 32
     """Requests to the endpoint under way."""
+    temperature: float | None = 0.0
+    """Of the endpoint; None leaves it out, for models that take no other than their own."""
+    seconds: float = 60.0
+    """Of one request to the endpoint, as the time without a byte."""
+    patience_s: float = 600.0
+    """An endpoint that is down (nobody there, too many requests, errors of its own) is waited for so long: the run
+    pauses. Then the episodes that need it are lost, up to their domain's max_lost."""
 
     def __post_init__(self) -> None:
         if self.checkpoint and self.model:
@@ -271,6 +354,11 @@ class Judge:
         for name in ("verdict_tokens", "max_tokens", "attempts", "at_once"):
             if getattr(self, name) < 1:
                 raise ValueError(f"judge.{name} must be at least 1, got {getattr(self, name)}")
+        if not self.seconds > 0 or not self.patience_s >= 0:
+            numbers = f"{self.seconds} and {self.patience_s}"
+            raise ValueError(f"judge.seconds must be above 0 and judge.patience_s 0 or more, got {numbers}")
+        if self.temperature is not None and not 0 <= self.temperature <= 2:
+            raise ValueError(f"judge.temperature must lie in [0, 2] (or None to leave it out), got {self.temperature}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -304,11 +392,12 @@ class Config:
     """What rests in host memory while it is not needed."""
     lr: float = 1e-6
     warmup_steps: int = 2
-    """Rollout batches over which the learning rate rises to lr."""
+    """Rollout batches with a smaller learning rate, which rises linearly; the next one has lr."""
     lr_end_share: float = 0.1
-    """Share of lr that is left at the last rollout batch, after a linear fall; 1 keeps it constant."""
+    """Share of lr that the last rollout batch has, after a linear fall; 1 keeps it constant."""
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
+    """Largest norm of a gradient: of the policy's, and apart from it of the indexer's."""
     indexer_kl: float = 1.0
     """Weight of the indexer's own KL loss, whose gradient reaches the indexer alone; 0 freezes the indexer."""
     checkpoint_activations: bool = False
@@ -317,12 +406,18 @@ class Config:
     """Replay the engine's choice of experts."""
     keep_sampling_mask: bool = True
     """Normalise log-probabilities over the ids that the sampler kept."""
-    kl: Literal["unbiased", "k3"] = "unbiased"
-    """KL estimator; k3 is biased off-policy and is there to compare."""
+    kl: Literal["unbiased", "k3", "full"] = "unbiased"
+    """KL to the reference: the unbiased estimate; k3, biased off-policy, to compare; or full, summed over the whole
+    vocabulary at each position that was visited, whatever the sampler kept, at the cost of its logits."""
+    sandbox: Literal["isolated", "limits"] = "isolated"
+    """How code of the policy may run: only enclosed (bubblewrap or namespaces), or with limits alone where nothing else
+    works. What limits leave open, `trimtab doctor` says."""
     held_out: int = 64
     """Held-out prompts a domain, played before and after."""
     save_every: int = 10
     """Rollout batches between checkpoints; the two newest are kept."""
+    run_gib: float = 20.0
+    """What the run's folder may hold, checkpoints aside; beyond it the oldest steps' episodes are removed."""
     trackers: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = ()
     """Experiment trackers to log to besides metrics.jsonl."""
     seed: int = 0
@@ -335,7 +430,7 @@ class Config:
         for name in ("steps", "minibatches", "tokens_per_microbatch", "held_out", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("lr", "max_grad_norm"):
+        for name in ("lr", "max_grad_norm", "run_gib"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
         if not 0 <= self.lr_end_share <= 1:
@@ -349,8 +444,11 @@ class Config:
         """Whether any domain asks for a KL to the reference policy."""
         return any(domain.loss.beta > 0 for domain in self.domains.values())
 
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
+
     def save(self, path: Path) -> None:
-        path.write_text(json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n")
+        path.write_text(self.to_json())
 
     @classmethod
     def load(cls, path: Path) -> "Config":

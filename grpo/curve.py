@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from trimtab.grpo.config import Config
+from trimtab.grpo.config import Config, flat
 
 CURVES = Path(__file__).parent / "curves"
 SMOOTH = 5
@@ -23,9 +23,12 @@ MARGIN = 0.02
 """... and at least this much."""
 TOLERATED = 0.05
 """Share of the steps that a run may be outside of the band."""
-_PLACEMENT = ("actors", "gpus_per_actor", "kv_cache_mib", "max_num_seqs", "graphs", "sleep")
+_PLACEMENT = (
+    *("actors", "gpus_per_actor", "kv_cache_mib", "max_num_seqs", "graphs", "sleep", "deterministic"),
+    *("requests_per_engine", "step_seconds", "max_restarts"),
+)
 FREE = (
-    *("out", "seed", "trackers", "save_every", "precision", "offload", "tokens_per_microbatch"),
+    *("out", "seed", "trackers", "save_every", "run_gib", "sandbox", "precision", "offload", "tokens_per_microbatch"),
     *("checkpoint_activations", "lora.merge", *(f"rollout.{name}" for name in _PLACEMENT)),
 )
 """Settings that place a run or pick its draws, but do not change what it learns."""
@@ -139,16 +142,9 @@ def _outside(values: Iterable[tuple[str, Band, float]]) -> list[str]:
 
 def comparable(config: Config) -> dict[str, Any]:
     """The settings that decide what a run learns, by dotted name, as JSON has them."""
-    settings = _flat(json.loads(json.dumps(asdict(config))))
+    settings = flat(json.loads(json.dumps(asdict(config))))
     made = re.sub(r"-[0-9a-f]{10}$", "", Path(settings["model"]).name)  # without the converter's hash
     return {name: value for name, value in settings.items() if name not in FREE} | {"model": made}
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in tree.items():
-        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return found
 
 
 def differences(expected: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator[str]:

@@ -8,7 +8,7 @@ stay one sequence here, so a micro-batch must hold all of them: a mean over part
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -31,7 +31,13 @@ class GrpoLoss:
     drift_B: Tensor
     """Mean of log(pi_old / pi) over the trajectory's tokens."""
     clip_share_B: Tensor
-    """Share of the trajectory's tokens whose gradient the clip removed."""
+    """Share of the trajectory's tokens whose gradient the clip removed ..."""
+    clip_low_share_B: Tensor
+    """... of them those at the lower bound, of trajectories that failed."""
+
+    def without_graph(self) -> "GrpoLoss":
+        """The same without what a backward pass needs."""
+        return replace(self, loss=self.loss.detach(), kl_B=self.kl_B.detach())
 
 
 def group_advantage(reward_G: Tensor) -> Tensor:
@@ -204,6 +210,7 @@ def grpo_loss(
     beta_B: Tensor,
     delta_B: Tensor,
     kl: KlEstimator = unbiased_kl,
+    kl_S: Tensor | None = None,
 ) -> GrpoLoss:
     """The objective of DeepSeek-V3.2, negated, over one micro-batch.
 
@@ -218,12 +225,14 @@ def grpo_loss(
         num_trajectories: the divisor, of the whole batch: over all micro-batches and ranks.
         delta_B: inf keeps every trajectory.
         kl: another estimator from (logp, old_logp, ref_logp), to compare.
+        kl_S: the KL itself in place of an estimate, such as full_kl; ref_logp_S is not needed then.
 
     Raises:
         ValueError: log-probabilities that are not finite; a beta above 0 without a reference; a trajectory of
             which only a part is here.
     """
-    _check_grpo_inputs(logp_S, old_logp_S, ref_logp_S, sequence_S, length_B, num_trajectories, beta_B)
+    reference_S = ref_logp_S if kl_S is None else kl_S
+    _check_grpo_inputs(logp_S, old_logp_S, reference_S, sequence_S, length_B, num_trajectories, beta_B)
     return unchecked_grpo_loss(
         logp_S,
         old_logp_S,
@@ -237,6 +246,7 @@ def grpo_loss(
         beta_B=beta_B,
         delta_B=delta_B,
         kl=kl,
+        kl_S=kl_S,
     )
 
 
@@ -254,12 +264,14 @@ def unchecked_grpo_loss(
     beta_B: Tensor,
     delta_B: Tensor,
     kl: KlEstimator = unbiased_kl,
+    kl_S: Tensor | None = None,
 ) -> GrpoLoss:
     """grpo_loss of what is known to be whole: nothing is checked, because the host would wait for a GPU each time."""
     B = len(advantage_B)
     advantage_S, low_S, high_S = advantage_B[sequence_S], clip_low_B[sequence_S], clip_high_B[sequence_S]
     surrogate_S = clipped_surrogate(logp_S, old_logp_S, advantage_S, low_S, high_S)
-    kl_S = torch.zeros_like(logp_S) if ref_logp_S is None else kl(logp_S, old_logp_S, ref_logp_S)
+    if kl_S is None:
+        kl_S = torch.zeros_like(logp_S) if ref_logp_S is None else kl(logp_S, old_logp_S, ref_logp_S)
     drift_B = _sum_by_trajectory(old_logp_S - logp_S.detach(), sequence_S, B) / length_B
     keep_B = off_policy_keep(drift_B, advantage_B, delta_B)
 
@@ -270,6 +282,7 @@ def unchecked_grpo_loss(
         return _sum_by_trajectory(x_S.detach().to(logp_S.dtype), sequence_S, B) / length_B
 
     clipped_S = surrogate_S.detach() < (logp_S.detach() - old_logp_S).exp() * advantage_S
+    clipped_low_S = clipped_S & (advantage_S < 0)
     return GrpoLoss(
         loss=loss,
         surrogate_B=mean_B(surrogate_S),
@@ -277,6 +290,7 @@ def unchecked_grpo_loss(
         keep_B=keep_B,
         drift_B=drift_B,
         clip_share_B=mean_B(clipped_S),
+        clip_low_share_B=mean_B(clipped_low_S),
     )
 
 

@@ -30,6 +30,18 @@ def paired_interval(
     return middle, middle - half, middle + half
 
 
+def mean_interval(values: Sequence[float], *, confidence: float = 0.95) -> tuple[float, float] | None:
+    """The normal interval of a mean over prompts, m +- z sd / sqrt(n); None for fewer than two.
+
+    >>> mean_interval([0.5, 0.5])
+    (0.5, 0.5)
+    """
+    if len(values) < 2:
+        return None
+    half = NormalDist().inv_cdf((1 + confidence) / 2) * stdev(values) / sqrt(len(values))
+    return fmean(values) - half, fmean(values) + half
+
+
 def paired_by_prompt(before: Mapping[str, float], after: Mapping[str, float]) -> tuple[float, float, float]:
     """paired_interval of the prompts that both evaluations hold, by name.
 

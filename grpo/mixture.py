@@ -1,21 +1,25 @@
 """The mixture of domains: which tasks are drawn at which step, and how they are played."""
 
+import asyncio
 import hashlib
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 
 from trimtab.environments.base import Env, Task
 from trimtab.grpo.config import Config, Domain, load, resolved
+from trimtab.rewards import bounds
 from trimtab.rewards.length import by_group, kimi_length_rewards, overlong_penalty, relative_penalties
 from trimtab.rewards.types import Answer, GroupReward
 from trimtab.rollout import play
+from trimtab.rollout.attempt import Generate, Rules
 from trimtab.rollout.context import Format
 from trimtab.rollout.formats.chat import Chat
 from trimtab.rollout.formats.template import TemplateChat, load_format
-from trimtab.rollout.types import Group
+from trimtab.rollout.types import Group, Lost, PolicyShape
 
 HELD_OUT_ATTEMPTS = 20
 """Draws for one held-out prompt, before a task is taken to have no more."""
@@ -36,10 +40,7 @@ class PlayedBatch:
     """What came back of a batch of draws: groups of at least two episodes, and what was lost on the way."""
 
     groups: tuple[Group, ...]
-    voided: tuple[str, ...]
-    """Why each episode was voided: nothing can be said about it."""
-    refused: tuple[str, ...]
-    """Why each episode with an incomplete recording was refused."""
+    lost: tuple[Lost, ...]
 
 
 def load_tasks(config: Config, **services: Any) -> dict[str, Task]:
@@ -100,7 +101,15 @@ def _distinct(config: Config, tasks: Mapping[str, Task], domain: str) -> list[Dr
 
 def _draw(config: Config, tasks: Mapping[str, Task], domain: str, name: str, *, held_out: bool) -> Draw:
     seed = stable_seed(config.seed, name)
-    return Draw(name, domain, tasks[domain].sample(random.Random(seed), held_out=held_out), seed)
+    try:
+        make_env = tasks[domain].sample(random.Random(seed), held_out=held_out)
+    except Exception as error:  # one prompt of other people's data, not the run
+        make_env = partial(_raise, error)
+    return Draw(name, domain, make_env, seed)
+
+
+def _raise(error: Exception) -> Env:
+    raise error
 
 
 def stable_seed(*parts: object) -> int:
@@ -109,37 +118,84 @@ def stable_seed(*parts: object) -> int:
 
 
 async def play_draws(
-    draws: Iterable[Draw], config: Config, generate: play.Generate, chat: Format, group_size: int
+    draws: Iterable[Draw],
+    config: Config,
+    generate: Generate,
+    chat: Format,
+    group_size: int,
+    policy: PolicyShape | None = None,
 ) -> PlayedBatch:
-    """Play all groups at once; the engines batch whatever is in flight."""
-    by_domain = {name: rules(config, domain) for name, domain in config.domains.items()}
-    played = await play.gather(
-        play.play_group(
-            draw.make_env,
-            name=draw.name,
-            domain=draw.domain,
-            group_size=group_size,
-            generate=generate,
-            chat=chat,
-            rules=by_domain[draw.domain],
-            seed=draw.seed,
-        )
-        for draw in draws
-    )
+    """Play all groups at once; the engines batch whatever is in flight.
+
+    Args:
+        policy: what recordings must fit; None: they are not checked against it.
+    """
+    by_domain = {name: replace(rules(config, domain), policy=policy) for name, domain in config.domains.items()}
+    gates = {name: Gate(domain.open_environments) for name, domain in config.domains.items()}
+
+    async def played(draw: Draw) -> play.PlayedGroup:
+        async with gates[draw.domain].room_for(group_size if _holds(draw) else 0, draw.domain):
+            return await play.play_group(
+                draw.make_env,
+                name=draw.name,
+                domain=draw.domain,
+                group_size=group_size,
+                generate=generate,
+                chat=chat,
+                rules=by_domain[draw.domain],
+                seed=draw.seed,
+            )
+
+    found = await play.gather(map(played, draws))
     return PlayedBatch(
-        groups=tuple(one.group for one in played if one.group is not None),
-        voided=tuple(reason for one in played for reason in one.voided),
-        refused=tuple(reason for one in played for reason in one.refused),
+        groups=tuple(one.group for one in found if one.group is not None),
+        lost=tuple(lost for one in found for lost in one.lost),
     )
 
 
-def rules(config: Config, domain: Domain) -> play.Rules:
+def _holds(draw: Draw) -> bool:
+    """Whether the environments of a draw hold anything open (environments/base.py: Env)."""
+    try:
+        env = draw.make_env()
+    except Exception:  # which play_group says
+        return False
+    return bool(getattr(env, "holds", hasattr(env, "close")))
+
+
+class Gate:
+    """Lets groups in while their environments and those inside are no more than a number, in the order they come."""
+
+    def __init__(self, most: int):
+        self._most, self._inside = most, 0
+        self._turn = asyncio.Lock()
+        self._left = asyncio.Event()
+
+    @asynccontextmanager
+    async def room_for(self, group: int, domain: str) -> AsyncIterator[None]:
+        """Wait for room. A group that is larger than the number goes in alone."""
+        async with self._turn:
+            while group and self._inside and self._inside + group > self._most:
+                bounds.bit(
+                    "open_environments",
+                    f"domain {domain} has open_environments = {self._most}: other groups of a batch wait for these",
+                )
+                self._left.clear()
+                await self._left.wait()
+            self._inside += group
+        try:
+            yield
+        finally:
+            self._inside -= group
+            self._left.set()
+
+
+def rules(config: Config, domain: Domain) -> Rules:
     """How a domain is played and scored.
 
     Raises:
         ValueError: the import path of a reward leads nowhere.
     """
-    return play.Rules(
+    return Rules(
         sampling=config.sampling,
         max_len=resolved(config.rollout.max_len),
         weigh=partial(weigh, domain),
@@ -148,6 +204,9 @@ def rules(config: Config, domain: Domain) -> play.Rules:
         context=domain.context,
         thinking=domain.thinking,
         max_turns=domain.max_turns,
+        floor=domain.floor,
+        episode_seconds=domain.episode_seconds,
+        group_seconds=domain.group_seconds,
     )
 
 

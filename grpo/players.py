@@ -6,12 +6,13 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from trimtab.grpo import services, sync
-from trimtab.grpo.config import Config, resolved
+from trimtab.grpo.config import Config, Rollout, resolved
 from trimtab.grpo.cost.clock import Clock
 from trimtab.grpo.mixture import Draw, PlayedBatch, chat_of, load_tasks, play_draws
 from trimtab.grpo.trainer import Trainer
+from trimtab.rollout.checkpoint import policy_shape, read_config
 from trimtab.rollout.engine.engine import EngineConfig
-from trimtab.rollout.engine.pool import Pool, gpu_share
+from trimtab.rollout.engine.pool import Limits, Pool, gpu_share
 from trimtab.rollout.engine.weights import checksums
 from trimtab.rollout.types import Request
 
@@ -31,6 +32,8 @@ class Players:
     ):
         self._config, self.pool, self.judge, self._runner, self._clock = config, pool, judge, runner, clock
         self._chat = chat_of(config, config.model)
+        self._checkpoint = read_config(config.model)
+        self._version = 0
         self._probe: Request | None = None
         self.tasks = load_tasks(config, **(judge.services if judge else {}))
 
@@ -44,7 +47,9 @@ class Players:
             engine_judges = judges and not config.judge.model
             share = config.rollout.gpus_per_actor
             share = gpu_share(config.rollout.actors + engine_judges) if share is None else share
-            pool = Pool(engine_config(config, config.model), config.rollout.actors, share)
+            pool = Pool(
+                engine_config(config, config.model), config.rollout.actors, share, limits=limits(config.rollout)
+            )
             stack.callback(pool.close)
             judge = None
             if engine_judges:
@@ -72,7 +77,8 @@ class Players:
         """Play all draws; the prompt of one of them becomes the probe of later updates."""
         generate = self._clock.while_awaited("rollout", self.pool.generate)
         with self._clock.phase("rewards"):
-            played = self._runner.run(play_draws(draws, self._config, generate, self._chat, group_size))
+            shape = policy_shape(self._checkpoint, self._version)
+            played = self._runner.run(play_draws(draws, self._config, generate, self._chat, group_size, shape))
         if played.groups:
             segment = played.groups[0].episodes[0].segments[0]
             self._probe = sync.probe_of(segment, self._config.sampling)
@@ -91,6 +97,7 @@ class Players:
         """
         with self._clock.phase("weights"):
             self.pool.load_weights(trainer.stream, version)
+            self._version = version
         with self._clock.phase("wake and sleep"):
             if self._config.rollout.sleep or self._config.offload != "none":
                 trainer.rest()  # what torch keeps for the next update, and what offload names, are the cache's now
@@ -109,6 +116,13 @@ class Players:
         return {"probe_difference": difference}
 
 
+def limits(rollout: Rollout) -> Limits:
+    """What is expected of the engines of a run."""
+    return Limits(
+        requests=rollout.requests_per_engine, step_seconds=rollout.step_seconds, restarts=rollout.max_restarts
+    )
+
+
 def engine_config(config: Config, model: str, *, sleep: bool | None = None) -> EngineConfig:
     """What an engine for this model is started with in this run."""
     rollout = config.rollout
@@ -117,7 +131,8 @@ def engine_config(config: Config, model: str, *, sleep: bool | None = None) -> E
         dtype=DTYPES[config.precision or "fp32"],
         max_model_len=resolved(rollout.max_len),
         kv_cache_bytes=resolved(rollout.kv_cache_mib) * 2**20,
-        max_num_seqs=rollout.max_num_seqs,
+        max_num_seqs=1 if rollout.deterministic else rollout.max_num_seqs,
+        prefix_caching=not rollout.deterministic,
         graphs=bool(rollout.graphs),
         sleep=bool(rollout.sleep) if sleep is None else sleep,
         stop_ids=tuple(chat_of(config, model).stop_ids),

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,12 @@ from trimtab.grpo.mixture import chat_of
 from trimtab.rewards.judging.endpoint import Endpoint
 from trimtab.rewards.judging.model import JudgeModel, VerdictCache, yes_no
 from trimtab.rewards.judging.verdicts import grade
+from trimtab.rollout.attempt import Generate
 from trimtab.rollout.engine.engine import EngineConfig
 from trimtab.rollout.engine.pool import Pool
 from trimtab.rollout.formats.chat import Chat
 from trimtab.rollout.formats.template import TemplateChat
 from trimtab.rollout.judge import EngineModel
-from trimtab.rollout.play import Generate
 
 SERVICES = frozenset({"judge", "grade"})
 
@@ -59,7 +59,8 @@ def check(config: Config) -> None:
             check_format(config.judge, chat_of(config, checkpoint))
         return
     try:
-        asyncio.run(_endpoint(config.judge)("Reply with one word: yes", None, 0))
+        now = replace(config.judge, patience_s=0.0)  # at the start nobody waits
+        asyncio.run(_endpoint(now)("Reply with one word: yes", None, 0))
     except ValueError:
         return  # it answers, though not as asked
     except Exception as error:  # a model behind a network: no key, no such model, nobody there
@@ -108,7 +109,10 @@ def _endpoint(judge: Judge) -> Endpoint:
         judge.model,
         judge.base_url or None,
         key_variable=judge.key_variable,
+        temperature=judge.temperature,
         max_tokens=judge.max_tokens,
+        seconds=judge.seconds,
+        patience=judge.patience_s,
         at_once=judge.at_once,
     )
 

@@ -7,7 +7,7 @@ from typing import Protocol
 import numpy as np
 from torch import Tensor
 
-from trimtab.rollout.play import recorded
+from trimtab.rollout.attempt import recorded
 from trimtab.rollout.types import Completion, RecordingError, Request, Sampling, Segment
 
 PROBE_PROMPT = 256

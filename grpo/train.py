@@ -1,11 +1,8 @@
 """The main loop: play, pack, train, synchronise, log. Read it from `Run.train` down."""
 
-import json
-import shutil
-import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,17 +18,28 @@ from trimtab.grpo.cost.clock import Clock
 from trimtab.grpo.cost.ledger import Plan
 from trimtab.grpo.cost.meter import Meter
 from trimtab.grpo.display import LiveTable, held_out_table
+from trimtab.grpo.intervals import mean_interval
+from trimtab.grpo.lost import LostGroups, TooManyLost, without_advantage
 from trimtab.grpo.mixture import PlayedBatch, draw_held_out, draw_step, part_means, prompt_scores, scores
 from trimtab.grpo.players import Players
 from trimtab.grpo.policy.lora import adapt, load_adapter
 from trimtab.grpo.policy.policy import Policy, load_policy
-from trimtab.grpo.run import RunFolder, replace_text, step_of_checkpoint
+from trimtab.grpo.runs.changes import changes
+from trimtab.grpo.runs.checkpoints import step_of
+from trimtab.grpo.runs.folder import RunFolder
+from trimtab.grpo.runs.ledger import ledger_row
+from trimtab.grpo.runs.record import record_start
+from trimtab.grpo.runs.saving import Saving
+from trimtab.grpo.runs.signals import Stop, Stopped, stop_on_signals
+from trimtab.grpo.scores import ExpectedParts
 from trimtab.grpo.setup.prepare import complete
 from trimtab.grpo.stages.cold_start import cold_start
 from trimtab.grpo.trainer import Trainer
+from trimtab.rewards import bounds
+from trimtab.rewards.sandbox import isolation
+from trimtab.rollout.types import Group
 
 HELD_OUT_SAMPLES = 4
-INTERRUPTED = 130  # the shell's code for Ctrl-C
 
 
 def prepare(config: Config, path: Path, *, resume: bool) -> "Run":
@@ -40,35 +48,29 @@ def prepare(config: Config, path: Path, *, resume: bool) -> "Run":
     Raises:
         ValueError: a checkpoint, task, size or run folder that is missing or unfit.
     """
+    if not resume:
+        if path.exists():
+            raise ValueError(f"{path} exists already; continue it with `trimtab train {path} --resume`")
+        config, plan = complete(config)
+        return Run(config, path, plan)
+    folder = RunFolder.open(path)
+    changed = changes(folder.load_config(), config)
     config, plan = complete(config)
-    if resume:
-        check_resumed(RunFolder.open(path), config)
-    elif path.exists():
-        raise ValueError(f"{path} exists already; continue it with `trimtab train {path} --resume`")
-    return Run(config, path, resume, plan)
+    with folder.lock():
+        return Run(config, path, plan, Resumed(folder.checkpoints.latest(), changed))
 
 
-def check_resumed(folder: RunFolder, config: Config) -> None:
-    """Find out whether a run can go on with these settings.
+@dataclass(frozen=True, slots=True)
+class Resumed:
+    """Where a run goes on, and with which settings changed."""
 
-    Raises:
-        ValueError: there is no checkpoint, or it holds other weights than these settings train.
-    """
-    checkpoint, before = folder.latest_checkpoint(), folder.load_config().lora
-    if (before.rank, before.targets) != (config.lora.rank, config.lora.targets):
-        raise ValueError(
-            f"{checkpoint} was made with lora.rank {before.rank} and lora.targets {' '.join(before.targets)}, which "
-            "cannot change when a run goes on: leave them out, or start a new run"
-        )
+    checkpoint: Path | None
+    """None: nothing was saved, so it starts from its model again."""
+    changed: Mapping[str, Any]
 
-
-class NothingPlayed(RuntimeError):
-    """Not one group could be scored: a judge, a tool or an engine is broken, and going on would not mend it."""
-
-    def __init__(self, played: PlayedBatch):
-        reasons = "; ".join(list(dict.fromkeys((*played.voided, *played.refused)))[:3]) or "no reason is known"
-        lost = f"{len(played.voided)} voided and {len(played.refused)} refused"
-        super().__init__(f"no group could be scored: {lost} episodes, the first because: {reasons}")
+    @property
+    def step(self) -> int:
+        return step_of(self.checkpoint) if self.checkpoint else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,80 +79,138 @@ class Run:
 
     config: Config
     path: Path
-    resume: bool
     plan: Plan
+    resumed: Resumed | None = None
 
     def train(self) -> int:
-        """Run to the last step, or to the step during which Ctrl-C comes. Returns the exit code."""
+        """Run to the last step, or to the step during which a signal comes. Returns the exit code.
+
+        Raises:
+            Exception: of a reward, a judge, an engine: the last whole step is saved.
+        """
         console = Console()
+        with stop_on_signals(console.print) as stop:
+            try:
+                return self._train(console, stop)
+            except Stopped as stopped:
+                console.print(f"stopped; {remedy(self.path)}")
+                return stopped.exit_code
+
+    def _train(self, console: Console, stop: Stop) -> int:
         config = self.config
         if torch.cuda.is_available():
             console.print(self.plan.ledger.table(self.plan, torch.cuda.mem_get_info()[0]))
         if not config.model:
             config = replace(config, model=str(cold_start(config, console)))
         clock = Clock(torch.cuda.synchronize if torch.cuda.is_available() else None)
-        with stop_after_interrupt(console) as stopping, ExitStack() as stack:
-            folder = (RunFolder.reopen if self.resume else RunFolder.create)(self.path, config)
+        resumed = self.resumed or Resumed(None, {})
+        with ExitStack() as stack:
+            folder = RunFolder(self.path) if self.resumed else RunFolder.create(self.path, config)
+            stack.enter_context(folder.lock())
             console.print(f"run: {folder.path}")
+            console.print(f"sandbox: {isolation()}", soft_wrap=True)
+            folder.go_on(config, resumed.step)
+            record_start(folder.path, resumed.step, resumed.changed)
             players = stack.enter_context(Players.start(config, folder.path, clock))
-            start = folder.latest_checkpoint() if self.resume else Path(config.model)
+            stop.listen()
+            start = resumed.checkpoint or Path(config.model)
             policies = load_policies(config, start)  # on the CPU, while the engines start
             console.print(players.wait_until_ready())
-            trainer, first = load_trainer(config, folder, *policies, clock, resume=self.resume)
-            players.update(trainer, first)
-            if first == 0:
-                save_held_out(folder, before=held_out(players, config))
-            meter = Meter(config, clock)
-            table = stack.enter_context(LiveTable(config, console))
-            for step in range(first, config.steps):
-                metrics = one_step(config, folder, trainer, players, meter, step)
-                table.show(metrics)
-                done = step + 1
-                if done % config.save_every == 0 or done == config.steps or stopping():
-                    with clock.phase("saving"):
-                        save(folder, trainer, done)
-                if stopping():
-                    console.print(f"stopped after step {done}; go on with: trimtab train {folder.path} --resume")
-                    return INTERRUPTED
-            save_held_out(folder, after=held_out(players, config))
+            trainer = load_trainer(config, folder, *policies, clock, resumed.checkpoint)
+            players.update(trainer, resumed.step)
+            parts = ExpectedParts(config)
+            if resumed.step == 0:
+                folder.save_held_out(before=held_out(players, config, parts))
+            merge = config.lora.rank > 0 and config.lora.merge
+            saving = Saving(folder, trainer, resumed.step, model=Path(config.model), merge=merge)
+            with LiveTable(config, console) as table, saving.on_failure():
+                meter, lost = Meter(config, clock), LostGroups(config)
+                for step in range(resumed.step, config.steps):
+                    with stop.after_the_step():
+                        table.show(one_step(config, folder, trainer, players, meter, saving, lost, parts, step))
+                        due = (step + 1) % config.save_every == 0 or step + 1 == config.steps or stop.asked()
+                        with clock.phase("saving"):
+                            saving.after_step(due=due)
+                            if due:
+                                folder.keep_within(config.run_gib)
+                    if stop.asked():
+                        console.print(f"stopped after step {step + 1}; {remedy(folder.path)}")
+                        return stop.exit_code
+            folder.save_held_out(after=held_out(players, config, parts))
+            if not saving.save() or (owing := folder.owing()):
+                wrong = f"could not be written ({owing})" if saving.saved == config.steps else "has no last checkpoint"
+                raise OSError(f"the run is over, but its folder {wrong}; make room")
         report(folder, config, console)
         return 0
 
 
+def remedy(path: Path) -> str:
+    """What to do with a run that has stopped."""
+    if RunFolder(path).checkpoints.all():
+        return f"checkpoints are whole, go on with: trimtab train {path} --resume"
+    if (path / "config.json").is_file():
+        return f"nothing was saved yet, begin again with: trimtab train {path} --resume"
+    return "nothing had begun: start it anew"
+
+
 def one_step(
-    config: Config, folder: RunFolder, trainer: Trainer, players: Players, meter: "Meter", step: int
+    config: Config,
+    folder: RunFolder,
+    trainer: Trainer,
+    players: Players,
+    meter: Meter,
+    saving: Saving,
+    lost: LostGroups,
+    parts: ExpectedParts,
+    step: int,
 ) -> dict[str, Any]:
     """Play a rollout batch with the current weights, train on it, hand the new weights to the engines."""
     meter.start()
-    played = players.play(draw_step(config, players.tasks, step), config.group_size)
+    draws = draw_step(config, players.tasks, step)
+    played = players.play(draws, config.group_size)
     folder.save_episodes(step, played.groups)
-    folder.log_lost(step, voided=played.voided, refused=played.refused)
+    folder.log_lost(step, played.lost)
+    shares = lost.add(draws, played)
+    parts.add(played.groups)
     batch = trajectories(played.groups, {name: domain.loss for name, domain in config.domains.items()})
-    metrics = {"step": step} | rollout_metrics(played, config)
-    metrics["trained_trajectories"] = len(batch)
+    metrics = {"step": step} | rollout_metrics(played, config) | shares
+    training = [trajectory for trajectory in batch if trajectory.has_gradient]
+    metrics["trained_trajectories"] = len(training)
     players.rest()
-    if batch:
+    if training:
         trainer.resume()
         metrics |= trainer.train_on(batch, step)
-    metrics |= players.update(trainer, step + 1)
-    metrics["engine_restarts"] = players.pool.restarts
-    metrics |= players.judge.metrics() if players.judge else {}
-    metrics |= meter.metrics(metrics, batch)
-    folder.log(metrics)
+    if not any(trajectory.advantage for trajectory in batch):
+        print(f"trimtab: step {step + 1}: {without_advantage(draws, played, kl=bool(training))}", file=sys.stderr)
+    saving.trained(step + 1)
+    try:
+        metrics |= players.update(trainer, step + 1)
+    finally:  # the step is trained, whatever becomes of the engines
+        metrics["engine_restarts"] = players.pool.restarts
+        metrics["requests_given_up"] = players.pool.given_up
+        metrics["checkpoint_failures"] = saving.failures
+        metrics |= players.judge.metrics() if players.judge else {}
+        metrics |= {f"bound/{name}": count for name, count in bounds.counts().items()}
+        metrics |= meter.metrics(metrics, training)
+        folder.log_ledger(ledger_row(step, draws, played.groups, training))
+        folder.log(metrics)
     trainer.accelerator.log(metrics, step=step)
     return metrics
 
 
-def held_out(players: Players, config: Config) -> dict[str, Any]:
-    """Scores and reward parts on the held-out prompts."""
+def held_out(players: Players, config: Config, parts: ExpectedParts) -> dict[str, Any]:
+    """Scores and reward parts on the held-out prompts, with the 95 % intervals of the scores over prompts."""
     played = players.play(draw_held_out(config, players.tasks), HELD_OUT_SAMPLES)
+    parts.add(played.groups)
     for name in config.domains:
         if not any(group.domain == name for group in played.groups):
-            raise NothingPlayed(played)
+            raise TooManyLost(name, "no held-out prompt could be scored", played.lost)
+    by_prompt = prompt_scores(played.groups, config)
     return {
         "score": scores(played.groups, config),
+        "interval": {name: mean_interval([*found.values()]) for name, found in by_prompt.items()},
         "parts": part_means(played.groups),
-        "prompts": prompt_scores(played.groups, config),
+        "prompts": by_prompt,
         "samples": HELD_OUT_SAMPLES,
     }
 
@@ -169,9 +229,14 @@ def load_policies(config: Config, start: Path) -> tuple[Policy, Policy | None]:
 
 
 def load_trainer(
-    config: Config, folder: RunFolder, policy: Policy, reference: Policy | None, clock: Clock, *, resume: bool
-) -> tuple[Trainer, int]:
-    """The trainer, and the first step it has to do."""
+    config: Config,
+    folder: RunFolder,
+    policy: Policy,
+    reference: Policy | None,
+    clock: Clock,
+    checkpoint: Path | None,
+) -> Trainer:
+    """The trainer, as it was when the checkpoint was written."""
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(), log_with=list(config.trackers) or None, project_dir=folder.path
     )
@@ -180,50 +245,29 @@ def load_trainer(
     if config.trackers:
         accelerator.init_trackers("trimtab", init_kwargs={})
     trainer = Trainer(config, policy, reference, accelerator, clock)
-    if not resume:
-        return trainer, 0
-    checkpoint = folder.latest_checkpoint()
-    trainer.load_optimizer(checkpoint)
-    first = step_of_checkpoint(checkpoint)
-    folder.rewind(first)
-    return trainer, first
-
-
-def save(folder: RunFolder, trainer: Trainer, step: int) -> None:
-    """Write a checkpoint; a full disk costs this one, not the run."""
-    tokenizer = Path(trainer.config.model)
-
-    def write(path: Path) -> None:
-        trainer.save(path)
-        folders = [path]
-        if trainer.config.lora.rank and trainer.config.lora.merge:
-            folders.append(path / "merged")
-            trainer.save_merged(folders[-1])
-        for file in (*tokenizer.glob("*token*"), *tokenizer.glob("chat_template*")):
-            for place in folders:
-                shutil.copy(file, place)
-
-    try:
-        folder.save_checkpoint(step, write)
-    except OSError as error:
-        print(f"trimtab: the checkpoint of step {step} could not be written ({error}); going on", file=sys.stderr)
+    if checkpoint is not None:
+        trainer.load_optimizer(checkpoint)
+    return trainer
 
 
 def rollout_metrics(played: PlayedBatch, config: Config) -> dict[str, Any]:
     """Rewards by domain, and what the recording says of the sampler."""
     episodes = [episode for group in played.groups for episode in group.episodes]
     segments = [segment for episode in episodes for segment in episode.segments]
+    recording = sum(one.kind == "recording" for one in played.lost)
+    without_routes = sum(one.kind == "recording" and "route" in one.reason for one in played.lost)
+    metrics: dict[str, Any] = {
+        "episodes": len(episodes),
+        "voided": len(played.lost) - recording,
+        "refused": recording,
+    }
     if not segments:
-        raise NothingPlayed(played)
+        return metrics
     kept = np.concatenate([np.diff(segment.kept_offsets) for segment in segments])
-    without_routes = sum("route" in reason for reason in played.refused)
-    rewards = {name: [episode.reward for episode in episodes if episode.domain == name] for name in config.domains}
-    metrics: dict[str, Any] = {f"reward/{name}": float(np.mean(r)) for name, r in rewards.items() if r}
+    for name in config.domains:
+        metrics |= domain_metrics(name, [group for group in played.groups if group.domain == name])
     metrics |= part_means(played.groups)
     metrics |= {
-        "episodes": len(episodes),
-        "voided": len(played.voided),
-        "refused": len(played.refused),
         "route_coverage": len(episodes) / (len(episodes) + without_routes),
         "routes/bytes": sum(segment.routes.nbytes for segment in segments),
         "masks/bytes": sum(segment.kept_ids.nbytes + segment.kept_offsets.nbytes for segment in segments),
@@ -239,15 +283,23 @@ def rollout_metrics(played: PlayedBatch, config: Config) -> dict[str, Any]:
     return metrics
 
 
-def save_held_out(folder: RunFolder, **results: dict[str, Any]) -> None:
-    file = folder.path / "held_out.json"
-    known = json.loads(file.read_text()) if file.exists() else {}
-    replace_text(file, json.dumps(known | results, indent=2) + "\n")
+def domain_metrics(name: str, groups: Sequence[Group]) -> dict[str, float]:
+    """Rewards and lengths of one domain; nothing where none of its groups is left."""
+    if not groups:
+        return {}
+    rewards = [[episode.reward for episode in group.episodes] for group in groups]
+    lengths = [sum(len(segment.logp) for segment in episode.segments) for group in groups for episode in group.episodes]
+    return {
+        f"reward/{name}": float(np.mean([reward for group in rewards for reward in group])),
+        f"reward_std/{name}": float(np.mean([np.std(group) for group in rewards])),
+        f"equal/{name}": float(np.mean([len(set(group)) == 1 for group in rewards])),
+        f"length/{name}": float(np.mean(lengths)),
+    }
 
 
 def report(folder: RunFolder, config: Config, console: Console) -> None:
     """The end of a run: scores before and after, and where things are."""
-    results = json.loads((folder.path / "held_out.json").read_text())
+    results = folder.held_out()
     console.print(held_out_table(results["before"], results["after"]))
     for name in ("before", "after"):
         agreement = {k: v for k, v in results[name]["parts"].items() if k.endswith("/judge_agreement")}
@@ -255,23 +307,4 @@ def report(folder: RunFolder, config: Config, console: Console) -> None:
             console.print(f"judge's agreement with ground truth, {part.partition('/')[0]}, {name}: {value:.1%}")
     console.print(f"metrics      {folder.path / 'metrics.jsonl'}")
     console.print(f"episodes     {folder.path / 'episodes'}")
-    console.print(f"checkpoint   {folder.latest_checkpoint()}")
-
-
-@contextmanager
-def stop_after_interrupt(console: Console) -> Iterator[Callable[[], bool]]:
-    """The first Ctrl-C asks for a stop after the current step, the second one stops at once."""
-    asked = False
-
-    def ask(signum: int, frame: object) -> None:
-        nonlocal asked
-        if asked:
-            raise KeyboardInterrupt
-        asked = True
-        console.print("stopping after this step; Ctrl-C again stops at once and loses it")
-
-    before = signal.signal(signal.SIGINT, ask)
-    try:
-        yield lambda: asked
-    finally:
-        signal.signal(signal.SIGINT, before)
+    console.print(f"checkpoint   {folder.checkpoints.all()[-1]}")

@@ -73,8 +73,11 @@ def test_trajectories_carry_centred_advantages_and_the_settings_of_their_domain(
 
 
 @pytest.mark.parametrize("domain", ["reasoning", "agent"])
-def test_groups_with_equal_rewards_are_dropped_whatever_their_beta(domain):
-    assert trajectories([group("a", [0.1, 0.1, 0.1], domain)], SETTINGS) == []
+def test_groups_with_equal_rewards_stay_unless_their_domain_drops_them(domain):
+    equal = [group("a", [0.1, 0.1, 0.1], domain)]
+    assert [t.advantage for t in trajectories(equal, SETTINGS)] == [0.0] * 3
+    dropping = {name: replace(one, drop_equal_groups=True) for name, one in SETTINGS.items()}
+    assert trajectories(equal, dropping) == []
 
 
 @pytest.mark.parametrize(

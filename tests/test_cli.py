@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 
@@ -15,7 +16,7 @@ def trimtab(*words: str, cwd=None) -> subprocess.CompletedProcess:
 def test_help_lists_typed_options():
     done = trimtab("train", "quickstart", "--help")
     assert done.returncode == 0
-    for text in ("--group-size INT", "--sampling.top-p FLOAT", "--domains.agent.loss.delta", "--kl {unbiased,k3}"):
+    for text in ("--group-size INT", "--sampling.top-p FLOAT", "--domains.agent.loss.delta", "--kl {unbiased,k3,full}"):
         assert text in done.stdout
 
 
@@ -66,3 +67,17 @@ def test_doctor_says_what_runs_here_and_why_not():
     assert done.returncode == 0, done.stdout
     assert checks["vLLM"]["ok"] and checks["Keep Routing"]["ok"] and checks["Ray"]["ok"]
     assert all(check["detail"] for check in checks.values())
+
+
+def test_threads_leave_their_core_before_torch_is_imported():
+    code = (
+        "import os, sys\n"
+        "from trimtab.grpo.commands.cli import SPINS, main\n"
+        "assert 'torch' not in sys.modules, 'too late'\n"
+        "main(['--help'])\n"
+        "assert os.environ['GOMP_SPINCOUNT'] == os.environ.get('OWN', SPINS)\n"
+    )
+    clean = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
+    for environment in (clean, clean | {"GOMP_SPINCOUNT": "7", "OWN": "7"}):
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr

@@ -17,10 +17,11 @@ from trimtab.grpo.commands.demonstrations import (
     successes,
     write_demonstrations,
 )
-from trimtab.grpo.run import RunFolder
+from trimtab.grpo.runs.folder import RunFolder
+from trimtab.rollout.attempt import Rules
 from trimtab.rollout.formats.chat import render
 from trimtab.rollout.formats.prompts import AGENT, REASONING_WITH_TOOLS
-from trimtab.rollout.play import Rules, play_group
+from trimtab.rollout.play import play_group
 from trimtab.rollout.scripted import Scripted, byte_chat
 from trimtab.rollout.types import Group, Sampling
 

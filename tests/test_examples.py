@@ -11,6 +11,7 @@ from trimtab.grpo.config import Config
 from trimtab.grpo.mixture import load_tasks
 from trimtab.grpo.recipes import find_recipe
 from trimtab.grpo.setup.resolve import resolve
+from trimtab.rewards.sandbox import isolation, mechanism
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"), key=lambda path: path.name)
@@ -19,6 +20,8 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"), key=lambda path: path.name)
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_an_example_is_short_and_runs(path, tmp_path):
     assert len(path.read_text().splitlines()) < 80
+    if path.stem == "interpreter_maths" and not mechanism().namespaces:
+        pytest.skip(isolation())
     done = subprocess.run(
         [sys.executable, path],
         cwd=tmp_path,

@@ -19,8 +19,8 @@ from trimtab.grpo.config import Config, Lora
 from trimtab.grpo.policy.families import ARCHITECTURES
 from trimtab.grpo.policy.lora import adapt, adapters, check_targets, load_adapter, resolve
 from trimtab.grpo.policy.policy import Policy, load_policy
-from trimtab.grpo.run import RunFolder
-from trimtab.grpo.train import save
+from trimtab.grpo.runs.folder import RunFolder
+from trimtab.grpo.runs.saving import Saving
 from trimtab.grpo.trainer import Trainer
 
 LORA = {"rank": 4, "alpha": 8.0, "targets": ("all-linear",)}
@@ -127,8 +127,8 @@ def test_the_reference_of_adapters_is_their_base_without_a_copy_of_it():
         found = ours.train_on(DENSE, step)
         assert theirs.train_on(DENSE, step)["kl"] == found["kl"]
     assert found["kl"] > 0
-    refs = ours._ref_logps([ours._packs(DENSE)])
-    expected = theirs_reference._ref_logps([theirs_reference._packs(DENSE)])
+    refs = ours._references([ours._packs(DENSE)])
+    expected = theirs_reference._references([theirs_reference._packs(DENSE)])
     assert torch.equal(refs[0][0], expected[0][0])
 
 
@@ -156,10 +156,12 @@ def test_a_checkpoint_holds_the_merged_model_with_its_tokenizer_where_asked(merg
     tokenizer = tmp_path / "base"
     tokenizer.mkdir()
     (tokenizer / "tokenizer.json").write_text("{}")
-    (tmp_path / "checkpoints").mkdir()
     trainer = start(replace(CONFIG, model=str(tokenizer), lora=Lora(rank=4, merge=merge)))
-    save(RunFolder(tmp_path), trainer, 3)
-    checkpoint = RunFolder(tmp_path).latest_checkpoint()
+    folder = RunFolder(tmp_path)
+    saving = Saving(folder, trainer, 0, model=tokenizer, merge=merge)
+    saving.trained(3)
+    assert saving.save()
+    checkpoint = folder.checkpoints.latest()
     assert (checkpoint / "adapter_model.safetensors").is_file() and (checkpoint / "tokenizer.json").is_file()
     assert (checkpoint / "merged").exists() == merge
     if merge:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from trimtab.grpo.sync import PROBE_ANSWER, WeightMismatch, check, differing, probe_of
-from trimtab.rollout.play import recorded
+from trimtab.rollout.attempt import recorded
 from trimtab.rollout.types import Completion, Request, Sampling
 
 SUMS = {"embed": 3.0, "layers.0.attention": -1.0, "layers.0.mlp": 1e-9, "head": 2.0}

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from trimtab.environments.json_lines import read_json_lines
 from trimtab.grpo.config import Config
 from trimtab.grpo.recipes import quickstart
-from trimtab.grpo.run import RunFolder
+from trimtab.grpo.runs.folder import RunFolder
 from trimtab.grpo.train import prepare
 
 STEPS = 3
@@ -64,7 +65,13 @@ def test_a_run_records_every_step_and_ends_with_scores(finished):
         assert row["mismatch_kl"] < 1e-8, "on unchanged weights the ratio is 1"
         assert {"reward/reasoning", "reward/agent", "reward/alignment"} <= row.keys()
         assert [key for key in row if not documented().fullmatch(key)] == []
-    held_out = json.loads((finished.path / "held_out.json").read_text())
+    assert [row["step"] for row in finished.ledger()] == list(range(STEPS))
+    for ledger, row in zip(finished.ledger(), rows, strict=True):
+        assert len(ledger["prompts"]) == 9 == len({prompt["name"] for prompt in ledger["prompts"]})
+        assert sum(prompt["trained"] for prompt in ledger["prompts"]) == row["trained_trajectories"]
+    (start,) = [row for _, row in read_json_lines(finished.path / "history.jsonl")]
+    assert start["step"] == 0 and start["versions"]["torch"] and start["changed"] == {}
+    held_out = finished.held_out()
     assert held_out["before"]["score"].keys() == held_out["after"]["score"].keys() == short().domains.keys()
     assert "alignment/judge_agreement" in held_out["after"]["parts"]
     episode = json.loads((finished.path / "episodes" / "step-00000.jsonl").read_text().splitlines()[0])
@@ -75,21 +82,23 @@ def test_a_killed_and_resumed_run_repeats_its_later_steps(finished, tmp_path, mo
     monkeypatch.chdir(finished.path.parent.parent)
     copy = RunFolder(tmp_path / "killed")
     shutil.copytree(finished.path, copy.path)
-    shutil.rmtree(copy.latest_checkpoint())  # killed between the checkpoint of step 2 and that of step 3
-    whole = finished.metrics()[-1]
+    shutil.rmtree(copy.checkpoints.latest())  # killed between the checkpoint of step 2 and that of step 3
+    whole, ledger = finished.metrics()[-1], finished.ledger()
     assert prepare(copy.load_config(), copy.path, resume=True).train() == 0
     rows = copy.metrics()
     assert [row["step"] for row in rows] == list(range(STEPS))
+    assert copy.ledger() == ledger
     again = rows[-1]
-    timed = ("seconds/", "tokens_per_s/", "memory/")
+    timed = ("seconds/", "tokens_per_s/", "memory/", "kl/", "masked/", "clip_", "drift_", "entropy/")
     exact = [key for key in whole if "/" in key and not key.startswith(timed)] + ["sampled_tokens", "kept_mean"]
     assert {key: again[key] for key in exact} == {key: whole[key] for key in exact}
     for key in ("kl", "grad_norm", "indexer_kl", "drift_p90"):
         assert again[key] == pytest.approx(whole[key], rel=1e-3, abs=1e-6), key
 
 
-def test_ctrl_c_saves_and_exits_cleanly(finished, tmp_path):
-    config = replace(short(), model=str(finished.latest_checkpoint()), steps=50, save_every=50)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_exits_cleanly(number, finished, tmp_path):
+    config = replace(short(), model=str(finished.checkpoints.latest()), steps=50, save_every=50)
     path = tmp_path / "interrupted"
     script = tmp_path / "recipe.py"
     config.save(tmp_path / "config.json")
@@ -102,9 +111,9 @@ def test_ctrl_c_saves_and_exits_cleanly(finished, tmp_path):
     deadline = time.time() + 200
     while not (path / "metrics.jsonl").exists() and time.time() < deadline and process.poll() is None:
         time.sleep(0.5)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     output = process.communicate(timeout=120)[0]
-    assert process.returncode == 130, output
+    assert process.returncode == 128 + number, output
     assert "Traceback" not in output and "--resume" in output
     folder = RunFolder(path)
-    assert len(folder.metrics()) == json.loads((folder.latest_checkpoint() / "state.json").read_text())["step"]
+    assert len(folder.metrics()) == json.loads((folder.checkpoints.latest() / "state.json").read_text())["step"]

@@ -16,8 +16,8 @@ from trimtab.grpo.batch import Trajectory
 from trimtab.grpo.config import Config, Domain, LossSettings
 from trimtab.grpo.cost.clock import Clock
 from trimtab.grpo.policy.policy import Policy, load_policy
-from trimtab.grpo.recipes import quickstart
-from trimtab.grpo.trainer import Trainer, schedule
+from trimtab.grpo.schedule import lr_factor
+from trimtab.grpo.trainer import Trainer
 from trimtab.rollout.types import Segment
 
 CONFIG = Config(domains={"any": Domain(task="x:y", loss=LossSettings(beta=0.1, delta=0.5))}, minibatches=2, lr=1e-3)
@@ -97,12 +97,21 @@ def test_routing_replay_and_the_kept_sets_matter():
         assert any((other[name] - whole[name]).abs().max() > 1e-5 for name in whole)
 
 
-def test_the_learning_rate_rises_over_the_warm_up_and_falls_to_its_end_share():
-    config = replace(quickstart(), steps=10, warmup_steps=3, lr_end_share=0.1)
-    factors = [schedule(step, config) for step in range(10)]
-    assert factors[0] == pytest.approx(0.25) and factors[3] == max(factors)
-    assert schedule(10, config) == pytest.approx(0.1)
-    assert all(later < earlier for earlier, later in pairwise(factors[3:]))
+@pytest.mark.parametrize(
+    ("steps", "warmup", "end"), [(10, 3, 0.1), (50, 2, 0.0), (2, 0, 0.5), (3, 2, 0.1), (7, 0, 1.0)]
+)
+def test_the_learning_rate_reaches_lr_and_its_end_share_at_steps_that_are_trained(steps, warmup, end):
+    factors = [lr_factor(step, steps=steps, warmup_steps=warmup, end_share=end) for step in range(steps)]
+    assert factors[:warmup] == [(step + 1) / (warmup + 1) for step in range(warmup)]
+    assert factors[warmup] == 1.0 == max(factors)
+    assert factors[-1] == (end if steps - 1 > warmup else 1.0)
+    falls = [earlier - later for earlier, later in pairwise(factors[warmup:])]
+    assert falls == pytest.approx([(1 - end) / max(steps - 1 - warmup, 1)] * len(falls))
+
+
+def test_a_run_that_is_all_warm_up_rises_to_its_end():
+    factors = [lr_factor(step, steps=2, warmup_steps=5, end_share=0.1) for step in range(2)]
+    assert factors == [1 / 6, 2 / 6]
 
 
 def test_a_batch_without_signal_is_refused():

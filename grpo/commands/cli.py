@@ -1,7 +1,10 @@
 """The trimtab command."""
 
+import os
 import sys
+import sysconfig
 import time
+import traceback
 from pathlib import Path
 
 import tyro
@@ -9,7 +12,6 @@ import tyro
 from trimtab.grpo.config import Config
 from trimtab.grpo.curve import curve_for
 from trimtab.grpo.recipes import RECIPES, find_recipe
-from trimtab.grpo.run import RunFolder
 
 USAGE = f"""usage: trimtab COMMAND
 
@@ -18,25 +20,44 @@ USAGE = f"""usage: trimtab COMMAND
   trimtab train runs/NAME --resume            continue a run
   trimtab train RECIPE --check                ... and say at its end whether it followed the recipe's expected curve
   trimtab check runs/NAME                     the same of a run that has finished, or is under way
+  trimtab convert CHECKPOINT FOLDER [--option value ...]   a dense DeepSeek-V3 becomes DeepSeek-V3.2, with an indexer
   trimtab judge-eval FILE --model NAME [--base-url URL] [--option value ...]   a judge against labels; --help: options
   trimtab judge-eval --generate FILE          write labelled answers to try it with
+  trimtab grade-check TASK [--option value ...]   whether a task's reward pays its own answers and nothing else
   trimtab doctor [--json]                     what this machine can run, and why not"""
+
+
+SPINS = "400"
+"""Rounds that a thread of torch waits before it sleeps: about a microsecond. By itself it would spin for a millisecond,
+on a core that a neighbour needs."""
+
+
+def quiet() -> None:
+    """Be a good neighbour; must be called before torch is imported, whose threads read it then."""
+    os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; the exit code is 2 for what the user can mend."""
+    quiet()
     words = sys.argv[1:] if argv is None else argv
     match words:
         case ["train", target, *options] if not target.startswith("-"):
             try:
                 return _train(target, options)
             except KeyboardInterrupt:
-                print("trimtab: stopped at once; what was not saved is lost", file=sys.stderr)
+                print("trimtab: stopped; nothing had begun", file=sys.stderr)
                 return 130
         case ["check", folder] if not folder.startswith("-"):
             return _check(Path(folder))
+        case ["convert", source, out, *options] if not source.startswith("-") and not out.startswith("-"):
+            return _convert(source, Path(out), options)
+        case ["convert", "--help"]:
+            return _convert("", Path(), ["--help"])
         case ["judge-eval", *options] if options:
             return _judge_eval(options)
+        case ["grade-check", *options] if options:
+            return _grade_check(options)
         case ["doctor"] | ["doctor", "--json"]:
             from trimtab.grpo.commands.doctor import doctor
 
@@ -58,29 +79,48 @@ def _train(target: str, options: list[str]) -> int:
         fresh = config.out or time.strftime(f"runs/{_name(target)}-%Y%m%d-%H%M%S")
         folder = Path(target if resume else fresh)
 
+        from trimtab.grpo.lost import TooManyLost
+        from trimtab.grpo.policy.learner import Diverged
+        from trimtab.grpo.scores import PartMissing
         from trimtab.grpo.sync import WeightMismatch
-        from trimtab.grpo.train import NothingPlayed, prepare
-        from trimtab.grpo.trainer import Diverged
+        from trimtab.grpo.train import prepare, remedy
         from trimtab.rollout.engine.pool import EngineError
 
         run = prepare(config, folder, resume=resume)
         if checked:
             curve_for(run.config)
     except ValueError as error:
+        print(theirs(error), end="", file=sys.stderr)
         return _fail(str(error))
     try:
         code = run.train()
-    except (OSError, NothingPlayed, EngineError, WeightMismatch, Diverged) as error:
-        print(f"trimtab: {error}; {_remedy(folder)}", file=sys.stderr)
+    except ValueError as error:
+        return _fail(str(error))
+    except Exception as error:
+        ours = isinstance(error, TooManyLost | PartMissing | EngineError | WeightMismatch | Diverged | OSError)
+        print(theirs(error) or ("" if ours else traceback.format_exc()), end="", file=sys.stderr)
+        print(f"trimtab: {error or repr(error)}; {remedy(folder)}", file=sys.stderr)
         return 1
     return _check(folder) if checked and code == 0 else code
 
 
-def _remedy(folder: Path) -> str:
-    """What to do with a run that has stopped."""
-    if RunFolder(folder).checkpoints():
-        return f"checkpoints are whole, go on with: trimtab train {folder} --resume"
-    return "no checkpoint had been saved yet: start it anew"
+def theirs(error: BaseException) -> str:
+    """The traceback of what failed in code that is the user's, from its first line there; empty: it was not theirs."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    frames = traceback.extract_tb(error.__traceback__)
+    first = next((i for i, frame in enumerate(frames) if not _is_installed(frame.filename)), None)
+    if first is None:
+        return ""
+    lines = ["Traceback (most recent call last), from your code on:\n", *traceback.format_list(frames[first:])]
+    return "".join([*lines, *traceback.format_exception_only(error)])
+
+
+def _is_installed(file: str) -> bool:
+    """Whether a source file belongs to trimtab, a package or Python."""
+    places = [Path(__file__).parents[2] / room for room in ("grpo", "rollout", "rewards", "environments", "kernels")]
+    places += [Path(path) for path in {*sysconfig.get_paths().values(), sys.prefix}]
+    return file.startswith("<") or any(Path(file).is_relative_to(place) for place in places)
 
 
 def _check(folder: Path) -> int:
@@ -89,6 +129,16 @@ def _check(folder: Path) -> int:
     try:
         return check(folder)
     except ValueError as error:
+        return _fail(str(error))
+
+
+def _convert(source: str, out: Path, options: list[str]) -> int:
+    from trimtab.grpo.commands.convert import run
+    from trimtab.grpo.stages.convert import Indexer
+
+    try:
+        return run(source, out, tyro.cli(Indexer, args=options, prog="trimtab convert CHECKPOINT FOLDER"))
+    except (ValueError, OSError) as error:
         return _fail(str(error))
 
 
@@ -101,6 +151,16 @@ def _judge_eval(options: list[str]) -> int:
             return 0
         return judge_eval(tyro.cli(JudgeEval, args=options, prog="trimtab judge-eval"))
     except ValueError as error:
+        return _fail(str(error))
+
+
+def _grade_check(options: list[str]) -> int:
+    from trimtab.grpo.commands.grade_check import GradeCheck, grade_check
+
+    try:
+        return grade_check(tyro.cli(GradeCheck, args=options, prog="trimtab grade-check"))
+    except (ValueError, FileNotFoundError) as error:
+        print(theirs(error), end="", file=sys.stderr)
         return _fail(str(error))
 
 

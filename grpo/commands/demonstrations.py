@@ -6,7 +6,6 @@
 and in a recipe, a task class whose __init__ calls Demonstrated.__init__(self, AgentTask(), "demonstrations.jsonl").
 """
 
-import json
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from trimtab.environments.base import Env, Message, Task, ToolCall
-from trimtab.grpo.run import replace_text
+from trimtab.environments.json_lines import json_line, read_json_lines
+from trimtab.grpo.runs.durable import replace_text
 from trimtab.rollout.formats.openai_messages import from_openai, to_openai
 from trimtab.rollout.formats.prompts import MAX_EXECUTIONS, with_prompt
 
@@ -52,8 +52,7 @@ def load_episodes(run: str | Path) -> Iterator[SavedEpisode]:
     if not (files := sorted(Path(run).glob("episodes/step-*.jsonl"))):
         raise ValueError(f"{run} has no episodes/step-*.jsonl; name the folder of a run")
     for file in files:
-        for line in file.read_text().splitlines():
-            one = json.loads(line)
+        for _, one in read_json_lines(file):
             messages = tuple(map(_message, one["messages"]))
             yield SavedEpisode(one["domain"], messages, one["rewards"], one["ended"], tuple(one.get("resets", ())))
 
@@ -92,7 +91,7 @@ def successes(
 
 def write_demonstrations(path: str | Path, demonstrations: Iterable[Sequence[Message]]) -> int:
     """Write conversations as JSON lines of OpenAI messages and return their number."""
-    lines = [json.dumps({"messages": to_openai(messages)}, ensure_ascii=False) + "\n" for messages in demonstrations]
+    lines = [json_line({"messages": to_openai(messages)}) for messages in demonstrations]
     replace_text(Path(path), "".join(lines))
     return len(lines)
 
@@ -104,9 +103,9 @@ def read_demonstrations(path: str | Path) -> list[tuple[Message, ...]]:
         ValueError: the file has none, or a line that is no such conversation.
     """
     found = []
-    for i, line in enumerate(Path(path).read_text().splitlines(), 1):
+    for i, one in read_json_lines(path):
         try:
-            found.append(from_openai(json.loads(line)["messages"]))
+            found.append(from_openai(one["messages"]))
         except (ValueError, KeyError, TypeError) as error:  # a user's file
             raise ValueError(f'{path}, line {i}: needs {{"messages": [...]}} in OpenAI\'s form ({error})') from error
     if not found:

@@ -46,6 +46,7 @@ def examine() -> list[Check]:
         _ray(),
         *_stabilisers(vllm, gpu),
         _sparse_attention(gpu),
+        sandbox(),
         package("LoRA", "peft", "pip install peft"),
         package("GGUF checkpoints", "gguf", "pip install gguf"),
         smollm2(_gpus(), _version),
@@ -68,7 +69,7 @@ def doctor(*, as_json: bool) -> int:
 
 
 OPTIONAL = frozenset(
-    {"GPU", "precision", "Triton sparse attention", "LoRA", "GGUF checkpoints", "trimtab train smollm2"}
+    {"GPU", "precision", "Triton sparse attention", "sandbox", "LoRA", "GGUF checkpoints", "trimtab train smollm2"}
 )
 
 
@@ -110,6 +111,14 @@ def precision(gpus: list[Gpu]) -> Check:
         else "; its peak is not known: no MFU"
     )
     return Check("precision", True, f"bf16, the default on a GPU, and fp32{peak}")
+
+
+def sandbox() -> Check:
+    """What encloses the code of a model, in the interpreter and in rewards for programs."""
+    from trimtab.rewards.sandbox import isolation
+
+    found = isolation()
+    return Check("sandbox", not found.startswith("none: "), found.removeprefix("none: "))
 
 
 def package(name: str, distribution: str, install: str) -> Check:

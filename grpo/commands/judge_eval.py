@@ -1,7 +1,6 @@
 """trimtab judge-eval: how far a judge agrees with labels, and what it costs."""
 
 import asyncio
-import json
 import random
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import ExitStack
@@ -12,10 +11,11 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from rich.console import Console
 from rich.table import Table
 
+from trimtab.environments.json_lines import json_line, read_json_lines
 from trimtab.environments.tasks.alignment import labelled_notes
 from trimtab.grpo.config import Judge
 from trimtab.grpo.cost.shape import shape_of
@@ -82,6 +82,12 @@ class Generate:
     seed: int = 0
 
 
+def _not_0(weight: float) -> float:
+    if weight == 0:
+        raise ValueError("a weight is above 0, or below for a fault, other than 0")
+    return weight
+
+
 class LabelledCriterion(BaseModel):
     """A criterion and whether the answer satisfies it."""
 
@@ -89,7 +95,7 @@ class LabelledCriterion(BaseModel):
 
     text: str = Field(pattern=r"\S")
     label: bool
-    weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    weight: Annotated[float, Field(allow_inf_nan=False), AfterValidator(_not_0)] = 1.0
     name: str = ""
 
 
@@ -135,10 +141,9 @@ def read_labelled(path: Path) -> tuple[LabelledAnswer, ...]:
         ValueError: it cannot be read, or is empty, or a line is wrong; the line and the field are named.
     """
     try:
-        lines = path.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        answers = tuple(_labelled(path, number, values) for number, values in read_json_lines(path))
+    except OSError as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
-    answers = tuple(_labelled(path, number, line) for number, line in enumerate(lines, start=1) if line.strip())
     if not answers:
         raise ValueError(f"{path} has no labelled answers; write some with: trimtab judge-eval --generate {path}")
     return answers
@@ -162,10 +167,10 @@ def write_labelled(options: Generate) -> None:
                 for c in rubric.criteria
                 if c.check is not None
             ]
-            lines.append(json.dumps({"prompt": prompt, "answer": note, "criteria": criteria}, ensure_ascii=False))
+            lines.append(json_line({"prompt": prompt, "answer": note, "criteria": criteria}))
     try:
         with options.file.open("x") as file:
-            file.write("\n".join(lines) + "\n")
+            file.writelines(lines)
     except OSError as error:
         raise ValueError(f"{options.file} cannot be written: {error}") from error
 
@@ -248,9 +253,9 @@ def show(report: Report, usage: Usage, console: Console) -> None:
     )
 
 
-def _labelled(path: Path, number: int, line: str) -> LabelledAnswer:
+def _labelled(path: Path, number: int, values: object) -> LabelledAnswer:
     try:
-        return LabelledAnswer.model_validate_json(line)
+        return LabelledAnswer.model_validate_json(json_line(values))
     except ValidationError as error:
         worst = error.errors()[0]
         field = ".".join(map(str, worst["loc"])) or "the whole line"

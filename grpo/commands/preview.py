@@ -9,6 +9,7 @@ from typing import Any
 from trimtab.environments.base import Message
 from trimtab.grpo.config import Config
 from trimtab.grpo.mixture import draw_step, load_tasks, play_draws
+from trimtab.grpo.setup.rehearsal import STAND_INS
 from trimtab.grpo.setup.resolve import with_lengths
 from trimtab.rollout.scripted import Say, Scripted, byte_chat
 from trimtab.rollout.types import Episode, Group
@@ -24,7 +25,7 @@ def preview(
 
     Args:
         max_len: the window in bytes, in place of the recipe's in tokens.
-        services: what tasks ask for by name, such as a judge.
+        services: what tasks ask for by name, such as a judge; stand-ins find everything satisfied.
 
     Raises:
         ValueError: an import path leads nowhere, fewer than two episodes of a group could be scored.
@@ -38,11 +39,11 @@ def preview(
         )
     )
     chat = byte_chat()
-    draws = draw_step(config, load_tasks(config, **services), step=0)
+    draws = draw_step(config, load_tasks(config, **{**STAND_INS, **services}), step=0)
     played = asyncio.run(play_draws(draws, config, Scripted(chat, say), chat, group_size))
     if len(played.groups) < len(draws):
-        lost = (*played.voided, *played.refused)
-        raise ValueError(f"{len(lost)} episodes could not be scored: {'; '.join(dict.fromkeys(lost))}")
+        reasons = dict.fromkeys(lost.reason for lost in played.lost)
+        raise ValueError(f"{len(played.lost)} episodes could not be scored: {'; '.join(reasons)}")
     for group in played.groups:
         print(f"=== {group.domain}")
         for episode in group.episodes:

@@ -50,7 +50,7 @@ def check_checkpoint(path: Path | str) -> str:
     ignored = list(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
     first, drafts = config.num_hidden_layers, raw.get("num_nextn_predict_layers") or 0
     ignored += [rf"model\.layers\.{first + i}\." for i in range(drafts)]  # heads that draft further tokens
-    _compare(folder, wanted, _shapes_in(folder), [r"rotary_emb\.inv_freq", r"^lm_head\.weight$", *ignored])
+    _compare(folder, wanted, shapes_in(folder), [r"rotary_emb\.inv_freq", r"^lm_head\.weight$", *ignored])
     return name
 
 
@@ -86,7 +86,12 @@ def _as_stored(wanted: Shapes, found: Mapping[str, Any]) -> Iterator[tuple[str, 
             yield from ((f"{before}.{i}.{projection}.weight", shape[1:]) for i in range(shape[0]))
 
 
-def _shapes_in(folder: Path) -> Shapes:
+def shapes_in(folder: Path) -> Shapes:
+    """Names and shapes of the weights in a checkpoint's folder, from the headers of its files.
+
+    Raises:
+        ValueError: no weights there, or files that are missing, torn or of another format.
+    """
     if not (folder / INDEX).is_file():
         if not (folder / WHOLE).is_file():
             raise ValueError(f"no weights at {folder}: neither {WHOLE} nor {INDEX} is there")

@@ -243,7 +243,8 @@ def load_policy(path: Path | str, *, dtype: torch.dtype = torch.float32, checkpo
     model_class: Any = architecture(check_checkpoint(path)).model
     with quietly():
         model, found = model_class.from_pretrained(path, dtype=dtype, output_loading_info=True)
-    assert not found["missing_keys"], f"{path} lacks {found['missing_keys']}"
+    if found["missing_keys"]:
+        raise ValueError(f"{path} lacks the weights {sorted(found['missing_keys'])[:5]}")
     return Policy(model, checkpointing=checkpointing)
 
 

@@ -184,6 +184,8 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
     for parameter in parameters:
         if parameter.grad is not None:
             (sharded if isinstance(parameter.grad, DTensor) else plain).append(local(parameter.grad))
+    if not sharded and not plain:
+        return torch.zeros(())
     norm = torch.nn.utils.get_total_norm([*sharded, *plain])
     if sharded and dist.get_world_size() > 1:
         square = torch.nn.utils.get_total_norm(sharded).square()

@@ -1,27 +1,25 @@
 """What can be known before the first minute is known here: nothing starts unless all of it holds."""
 
-import asyncio
-import random
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from trimtab.environments.base import Task, VoidEpisode
 from trimtab.grpo import services
-from trimtab.grpo.config import Config, resolved
+from trimtab.grpo.config import Config
 from trimtab.grpo.cost.ledger import Plan, choose
 from trimtab.grpo.cost.shape import shape_of
-from trimtab.grpo.mixture import chat_of, load_tasks, stable_seed
+from trimtab.grpo.mixture import chat_of, load_tasks
 from trimtab.grpo.policy.lora import check_targets
 from trimtab.grpo.policy.policy import check_checkpoint
+from trimtab.grpo.setup.grading import check_grading
 from trimtab.grpo.setup.models import locate
+from trimtab.grpo.setup.rehearsal import STAND_INS, rehearse
 from trimtab.grpo.setup.resolve import resolve
 from trimtab.grpo.stages.cold_start import quickstart_policy
+from trimtab.rewards import sandbox
 from trimtab.rollout.checkpoint import read_config
-from trimtab.rollout.context import Context, Format
 
 
 def complete(config: Config) -> tuple[Config, Plan]:
@@ -30,6 +28,7 @@ def complete(config: Config) -> tuple[Config, Plan]:
     Raises:
         ValueError: a checkpoint, format, task, judge or size that cannot be run; in one sentence, with the remedy.
     """
+    sandbox.accept_limits_only(config.sandbox == "limits")
     judge = replace(config.judge, checkpoint=_found(config.judge.checkpoint))
     config = replace(config, model=_found(config.model), judge=judge)
     for checkpoint in filter(None, (config.model, judge.checkpoint)):
@@ -37,9 +36,9 @@ def complete(config: Config) -> tuple[Config, Plan]:
     config = resolve(config, _model(config), gpu=torch.cuda.is_available())
     if config.lora.rank:
         check_targets(_model(config), config.lora.targets)
-    tasks = load_tasks(config, **dict.fromkeys(services.SERVICES))
-    if config.model:
-        asyncio.run(check_openings(config, tasks, chat_of(config, config.model)))
+    tasks = load_tasks(config, **STAND_INS)
+    rehearse(config, tasks, chat_of(config, config.model) if config.model else None)
+    check_grading(config, tasks)
     if judge.checkpoint:
         chat_of(config, judge.checkpoint)
     services.check(config)
@@ -58,33 +57,6 @@ def plan_memory(config: Config) -> Plan:
     judge = shape_of(read_config(config.judge.checkpoint) if config.judge.checkpoint else _model(config))
     gpu_bytes = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else None
     return choose(config, shape_of(_model(config)), gpu_bytes, judge=judge if judges else None)
-
-
-async def check_openings(config: Config, tasks: Mapping[str, Task], chat: Format) -> None:
-    """Open one task of each domain: its messages, tools and thinking have a place in the format, and fit the window.
-
-    Raises:
-        ValueError: they do not.
-    """
-    for name, domain in config.domains.items():
-        rng = random.Random(stable_seed(config.seed, "opening", name))
-        env = tasks[name].sample(rng, held_out=False)()
-        try:
-            opening = await env.start()
-            window = resolved(config.rollout.max_len)
-            context = Context(chat, opening, domain.context, thinking=domain.thinking, max_len=window)
-            length = len(context.prompt_ids())
-        except VoidEpisode:
-            continue
-        except ValueError as error:
-            raise ValueError(f"domain {name}: {error}") from error
-        finally:
-            if (close := getattr(env, "close", None)) is not None:
-                await close()
-        if length >= window:
-            raise ValueError(
-                f"domain {name}: an opening of {length} tokens does not fit rollout.max_len = {window}; raise it"
-            )
 
 
 def _found(model: str) -> str:

@@ -20,6 +20,7 @@ import trimtab.environments.tasks.alignment as alignment
 from trimtab.environments.base import Message
 from trimtab.grpo.config import ColdStart, Config
 from trimtab.grpo.policy.policy import Policy
+from trimtab.grpo.runs.lock import locked
 from trimtab.grpo.stages.muon import Muon
 from trimtab.grpo.stages.tokenizer import train_tokenizer
 from trimtab.rollout.formats.chat import Chat, render
@@ -88,11 +89,12 @@ def cold_start(config: Config, console: Console) -> Path:
     if (folder / "config.json").is_file():
         console.print(f"cold start: using {folder}")
         return folder
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    train(config, partial, console)
-    partial.rename(folder)
+    with locked(folder.with_name(folder.name + ".lock"), f"the cold start {folder}"):
+        partial = folder.with_name(folder.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        train(config, partial, console)
+        partial.rename(folder)
     console.print(f"cold start: kept in {folder}")
     return folder
 
