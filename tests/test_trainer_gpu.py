@@ -64,7 +64,7 @@ def test_the_host_does_not_wait_within_a_pack(name, batch):
     trainer = start(name)
     trainer.train_on(batch, 0)  # compiles the kernels, fills the caches of pinned memory
     (packed, *_) = trainer._packs(batch)
-    ref_logp_S = trainer._ref_logps([[packed]])[0][0]
+    ref_logp_S = trainer._references([[packed]])[0][0]
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
