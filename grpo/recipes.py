@@ -1,8 +1,10 @@
-"""Named runs. A recipe is a function without arguments that returns a complete Config."""
+"""Named runs. A recipe is a function without arguments that returns a Config, or a supervised stage's Supervised."""
 
 from collections.abc import Callable
+from typing import Any
 
 from trimtab.grpo.config import Config, Domain, Judge, LossSettings, Rollout, load
+from trimtab.grpo.stages.config import Supervised
 from trimtab.rollout.types import Sampling
 
 
@@ -73,21 +75,44 @@ def smollm2() -> Config:
     )
 
 
+def pretrain() -> Supervised:
+    """Next tokens of texts, from a checkpoint or (random_weights) from nothing."""
+    return Supervised(lr=3e-4, weight_decay=0.1)
+
+
+def warm_up() -> Supervised:
+    """A fresh indexer learns where dense attention looks; everything else is frozen [DeepSeek-V3.2, section 2.1.1]."""
+    return Supervised(dense_attention=True, learns="indexer", lr=1e-3, warmup_steps=0, lr_end_share=1.0, steps=1000)
+
+
+def sparse() -> Supervised:
+    """The model gets used to what its indexer selects, which goes on learning [DeepSeek-V3.2, section 2.1.1]."""
+    return Supervised(lr=7.3e-6, lr_end_share=1.0, weight_decay=0.1)
+
+
+def sft() -> Supervised:
+    """What assistants say in conversations."""
+    return Supervised(form="conversations", lr=1e-5)
+
+
 RECIPES: dict[str, Callable[[], Config]] = {"quickstart": quickstart, "smollm2": smollm2}
+STAGES: dict[str, Callable[[], Supervised]] = {"pretrain": pretrain, "warm_up": warm_up, "sparse": sparse, "sft": sft}
 
 
-def find_recipe(name: str) -> Callable[[], Config]:
+def find_recipe(name: str) -> Callable[[], Any]:
     """A recipe of this file by name, or of a user's file as path.py:function.
 
     Raises:
         ValueError: there is no such recipe.
     """
-    if name in RECIPES:
-        return RECIPES[name]
+    known: dict[str, Callable[[], Any]] = {**RECIPES, **STAGES}
+    if name in known:
+        return known[name]
     file, _, function = name.rpartition(":")
     if not file.endswith(".py"):
-        known = ", ".join(sorted(RECIPES))
-        raise ValueError(f"no recipe named {name!r}; known: {known}, or give your own as path/to/file.py:function")
+        raise ValueError(
+            f"no recipe named {name!r}; known: {', '.join(sorted(known))}, or give your own as path/to/file.py:function"
+        )
     recipe = load(name)
     if not callable(recipe):
         raise ValueError(f"{file} has no function named {function!r}")

@@ -12,11 +12,13 @@ import torch
 from accelerate import Accelerator
 from rich.console import Console
 
-from trimtab.grpo.batch import trajectories
+from trimtab.grpo.batch import Trajectory, trajectories
 from trimtab.grpo.config import Config
 from trimtab.grpo.cost.clock import Clock
+from trimtab.grpo.cost.flops import Learns, Work
 from trimtab.grpo.cost.ledger import Plan
 from trimtab.grpo.cost.meter import Meter
+from trimtab.grpo.cost.shape import shape_of
 from trimtab.grpo.display import LiveTable, held_out_table
 from trimtab.grpo.intervals import mean_interval
 from trimtab.grpo.lost import LostGroups, TooManyLost, without_advantage
@@ -26,7 +28,7 @@ from trimtab.grpo.policy.lora import adapt, load_adapter
 from trimtab.grpo.policy.policy import Policy, load_policy
 from trimtab.grpo.runs.changes import changes
 from trimtab.grpo.runs.checkpoints import step_of
-from trimtab.grpo.runs.folder import RunFolder
+from trimtab.grpo.runs.folder import RunFolder, remedy
 from trimtab.grpo.runs.ledger import ledger_row
 from trimtab.grpo.runs.record import record_start
 from trimtab.grpo.runs.saving import Saving
@@ -37,6 +39,7 @@ from trimtab.grpo.stages.cold_start import cold_start
 from trimtab.grpo.trainer import Trainer
 from trimtab.rewards import bounds
 from trimtab.rewards.sandbox import isolation
+from trimtab.rollout.checkpoint import read_config
 from trimtab.rollout.types import Group
 
 HELD_OUT_SAMPLES = 4
@@ -54,7 +57,7 @@ def prepare(config: Config, path: Path, *, resume: bool) -> "Run":
         config, plan = complete(config)
         return Run(config, path, plan)
     folder = RunFolder.open(path)
-    changed = changes(folder.load_config(), config)
+    changed = changes(Config.load(folder.config), config)
     config, plan = complete(config)
     with folder.lock():
         return Run(config, path, plan, Resumed(folder.checkpoints.latest(), changed))
@@ -124,7 +127,11 @@ class Run:
             merge = config.lora.rank > 0 and config.lora.merge
             saving = Saving(folder, trainer, resumed.step, model=Path(config.model), merge=merge)
             with LiveTable(config, console) as table, saving.on_failure():
-                meter, lost = Meter(config, clock), LostGroups(config)
+                learns: Learns = "adapters" if config.lora.rank else "all"
+                meter = Meter(
+                    shape_of(read_config(config.model)), clock, learns=learns, learn_indexer=config.indexer_kl > 0
+                )
+                lost = LostGroups(config)
                 for step in range(resumed.step, config.steps):
                     with stop.after_the_step():
                         table.show(one_step(config, folder, trainer, players, meter, saving, lost, parts, step))
@@ -142,15 +149,6 @@ class Run:
                 raise OSError(f"the run is over, but its folder {wrong}; make room")
         report(folder, config, console)
         return 0
-
-
-def remedy(path: Path) -> str:
-    """What to do with a run that has stopped."""
-    if RunFolder(path).checkpoints.all():
-        return f"checkpoints are whole, go on with: trimtab train {path} --resume"
-    if (path / "config.json").is_file():
-        return f"nothing was saved yet, begin again with: trimtab train {path} --resume"
-    return "nothing had begun: start it anew"
 
 
 def one_step(
@@ -191,11 +189,21 @@ def one_step(
         metrics["checkpoint_failures"] = saving.failures
         metrics |= players.judge.metrics() if players.judge else {}
         metrics |= {f"bound/{name}": count for name, count in bounds.counts().items()}
-        metrics |= meter.metrics(metrics, training)
+        metrics |= meter.metrics(work_of(training, config), sampled_tokens=metrics.get("sampled_tokens", 0))
         folder.log_ledger(ledger_row(step, draws, played.groups, training))
         folder.log(metrics)
     trainer.accelerator.log(metrics, step=step)
     return metrics
+
+
+def work_of(batch: Sequence[Trajectory], config: Config) -> Work:
+    """What a batch asks of the model, for the meter."""
+    segments = [segment for trajectory in batch for segment in trajectory.segments]
+    return Work(
+        lengths=[len(segment.token_ids) for segment in segments],
+        sampled=sum(len(segment.logp) for segment in segments),
+        kept=sum(len(segment.kept_ids) for segment in segments) if config.keep_sampling_mask else None,
+    )
 
 
 def held_out(players: Players, config: Config, parts: ExpectedParts) -> dict[str, Any]:

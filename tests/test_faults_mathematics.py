@@ -29,7 +29,7 @@ ONE = replace(CONFIG, minibatches=1, max_grad_norm=1e9, indexer_kl=0.0, lr=1.0)
 def sgd(config: Config) -> Trainer:
     """Adam would hide how large a gradient is."""
     trainer = start(config)
-    trainer.optimizer = torch.optim.SGD(trainer.learning, lr=1e-3)
+    trainer.optimizers = [torch.optim.SGD(trainer.learning, lr=1e-3)]
     return trainer
 
 
@@ -149,7 +149,7 @@ def test_the_full_kl_has_the_value_and_the_gradient_of_the_sum_over_the_vocabula
     metrics = trainer.train_on(batch, 5)
     assert metrics["kl"] == pytest.approx(float(mean_B.detach().mean()), rel=1e-5)
     expected = dict(policy.model.named_parameters())
-    lr = trainer.optimizer.param_groups[0]["lr"]
+    lr = trainer.optimizers[0].param_groups[0]["lr"]
     seen = 0
     for name, weight in weights(trainer).items():
         if name in expected and expected[name].grad is not None and ".indexer." not in name:

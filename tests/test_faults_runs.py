@@ -21,17 +21,16 @@ from trimtab.environments.files import read_rows
 from trimtab.environments.json_lines import json_line, read_json_lines
 from trimtab.grpo.commands.cli import theirs
 from trimtab.grpo.commands.demonstrations import load_episodes
-from trimtab.grpo.config import Lora
+from trimtab.grpo.config import Config, Lora
 from trimtab.grpo.recipes import quickstart
 from trimtab.grpo.runs.changes import changes
 from trimtab.grpo.runs.checkpoints import step_of
 from trimtab.grpo.runs.durable import append_text
-from trimtab.grpo.runs.folder import RunFolder
+from trimtab.grpo.runs.folder import RunFolder, remedy
 from trimtab.grpo.runs.lock import locked
 from trimtab.grpo.runs.record import record_start
 from trimtab.grpo.runs.saving import Saving
 from trimtab.grpo.runs.signals import Stopped, stop_on_signals
-from trimtab.grpo.train import remedy
 from trimtab.rollout.types import Episode, Group, Lost
 
 LOST = {"kind": "environment", "count": 2, "reason": "no judge"}
@@ -89,7 +88,7 @@ def test_a_folder_is_never_overwritten_and_only_a_run_is_opened(folder, tmp_path
         RunFolder.create(folder.path, quickstart())
     with pytest.raises(ValueError, match="is not a run"):
         RunFolder.open(tmp_path)
-    assert RunFolder.open(folder.path).load_config() == quickstart()
+    assert Config.load(RunFolder.open(folder.path).config) == quickstart()
 
 
 def test_a_second_process_on_one_folder_is_refused_until_the_first_has_ended(folder):
@@ -313,7 +312,7 @@ def test_settings_changed_on_the_way_are_what_the_folder_says_and_its_history(fo
     longer = replace(quickstart(), steps=99, lr=1e-5)
     folder.go_on(longer, 0)
     record_start(folder.path, 7, changes(quickstart(), longer))
-    assert folder.load_config() == longer and not list(folder.path.glob("*.partial"))
+    assert Config.load(folder.config) == longer and not list(folder.path.glob("*.partial"))
     (row,) = [row for _, row in read_json_lines(folder.path / "history.jsonl")]
     assert row["step"] == 7 and row["changed"] == {"steps": [24, 99], "lr": [quickstart().lr, 1e-5]}
     assert row["versions"]["torch"].startswith(torch.__version__.partition("+")[0])

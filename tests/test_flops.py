@@ -54,7 +54,7 @@ def test_kept_ids_alone_pass_through_the_head():
 def test_adapters_spare_the_gradients_of_the_weights_but_not_those_of_attention():
     shape, work = shape_of(LLAMA), Work(lengths=[7], sampled=7)
     attention = 3 * 384 * 28
-    assert training(shape, work, full=False) == 2 * (forward(shape, work) - attention) + 3 * attention
+    assert training(shape, work, learns="adapters") == 2 * (forward(shape, work) - attention) + 3 * attention
 
 
 def test_of_experts_the_chosen_ones_alone_count():

@@ -115,7 +115,7 @@ def test_frozen_weights_rest_in_bf16_and_adapters_learn_in_fp32():
     trainer.train_on(DENSE, step=0)
     kinds = {".lora_" in name: parameter.dtype for name, parameter in trainer.policy.named_parameters()}
     assert kinds == {True: torch.float32, False: torch.bfloat16}
-    assert {state["exp_avg"].dtype for state in trainer.optimizer.state.values()} == {torch.float32}
+    assert {state["exp_avg"].dtype for state in trainer.optimizers[0].state.values()} == {torch.float32}
 
 
 def test_the_reference_of_adapters_is_their_base_without_a_copy_of_it():

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from trimtab.grpo.stages.muon import Muon, orthogonalise
+from trimtab.grpo.policy.muon import Muon, orthogonalise
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 5, 40), (2, 64, 7)])

@@ -84,7 +84,7 @@ def test_a_killed_and_resumed_run_repeats_its_later_steps(finished, tmp_path, mo
     shutil.copytree(finished.path, copy.path)
     shutil.rmtree(copy.checkpoints.latest())  # killed between the checkpoint of step 2 and that of step 3
     whole, ledger = finished.metrics()[-1], finished.ledger()
-    assert prepare(copy.load_config(), copy.path, resume=True).train() == 0
+    assert prepare(Config.load(copy.config), copy.path, resume=True).train() == 0
     rows = copy.metrics()
     assert [row["step"] for row in rows] == list(range(STEPS))
     assert copy.ledger() == ledger

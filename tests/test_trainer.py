@@ -74,7 +74,7 @@ def updated(config: Config) -> dict[str, torch.Tensor]:
     """The weights after one step of training on the same twelve trajectories."""
     trainer = start(config)
     # SGD, because Adam's first step divides by the gradient's size and so hides or inflates its differences
-    trainer.optimizer = torch.optim.SGD(trainer.learning, lr=1e-3)
+    trainer.optimizers = [torch.optim.SGD(trainer.learning, lr=1e-3)]
     metrics = trainer.train_on(BATCH, step=5)
     assert metrics["kl"] > 0 and metrics["indexer_kl"] > 0 and math.isfinite(metrics["grad_norm"])
     return weights(trainer)
@@ -122,7 +122,7 @@ def test_a_batch_without_signal_is_refused():
 
 def test_resting_in_host_memory_changes_no_bit_of_training():
     whole, other = updated(CONFIG), start(replace(CONFIG, offload="all"))
-    other.optimizer = torch.optim.SGD(other.learning, lr=1e-3)
+    other.optimizers = [torch.optim.SGD(other.learning, lr=1e-3)]
     other.rest()
     assert all(weight.untyped_storage().nbytes() == 0 for weight in other.policy.parameters())
     assert all(weight.untyped_storage().nbytes() == 0 for weight in other.reference.parameters())

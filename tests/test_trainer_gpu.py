@@ -71,7 +71,7 @@ def test_the_host_does_not_wait_within_a_pack(name, batch):
         trainer._backward(packed.to(trainer.device), ref_logp_S, len(batch), 1000, Record())
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    trainer.optimizer.zero_grad()
+    trainer.optimizers[0].zero_grad()
 
 
 def test_what_rests_leaves_the_gpu_and_comes_back():

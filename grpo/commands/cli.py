@@ -6,16 +6,19 @@ import sysconfig
 import time
 import traceback
 from pathlib import Path
+from typing import Any
 
 import tyro
 
 from trimtab.grpo.config import Config
 from trimtab.grpo.curve import curve_for
-from trimtab.grpo.recipes import RECIPES, find_recipe
+from trimtab.grpo.recipes import RECIPES, STAGES, find_recipe
+from trimtab.grpo.start import load_settings, prepare
 
 USAGE = f"""usage: trimtab COMMAND
 
-  trimtab train RECIPE [--option value ...]   start a run; RECIPE is {", ".join(sorted(RECIPES))} or path.py:function
+  trimtab train RECIPE [--option value ...]   start a run; RECIPE is {", ".join(sorted(RECIPES))} or path.py:function,
+                                              or a supervised stage: {", ".join(STAGES)}
   trimtab train RECIPE --help                 every option with its default
   trimtab train runs/NAME --resume            continue a run
   trimtab train RECIPE --check                ... and say at its end whether it followed the recipe's expected curve
@@ -72,24 +75,25 @@ def _train(target: str, options: list[str]) -> int:
     resume, checked = "--resume" in options, "--check" in options
     options = [option for option in options if option not in ("--resume", "--check")]
     try:
-        default = Config.load(Path(target) / "config.json") if resume else find_recipe(target)()
-        config = tyro.cli(
-            Config, default=default, args=options, prog=f"trimtab train {target}", description=Config.__doc__
-        )
+        default: Any = load_settings(Path(target)) if resume else find_recipe(target)()
+        kind: Any = type(default)
+        if checked and kind is not Config:
+            raise ValueError(f"--check compares rewards with a recipe's expected curve, and {target} has no rewards")
+        config = tyro.cli(kind, default=default, args=options, prog=f"trimtab train {target}", description=kind.__doc__)
         fresh = config.out or time.strftime(f"runs/{_name(target)}-%Y%m%d-%H%M%S")
         folder = Path(target if resume else fresh)
 
         from trimtab.grpo.lost import TooManyLost
         from trimtab.grpo.policy.learner import Diverged
+        from trimtab.grpo.runs.folder import remedy
         from trimtab.grpo.scores import PartMissing
         from trimtab.grpo.sync import WeightMismatch
-        from trimtab.grpo.train import prepare, remedy
         from trimtab.rollout.engine.pool import EngineError
 
-        run = prepare(config, folder, resume=resume)
+        run: Any = prepare(config, folder, resume=resume)
         if checked:
             curve_for(run.config)
-    except ValueError as error:
+    except (ValueError, FileNotFoundError) as error:
         print(theirs(error), end="", file=sys.stderr)
         return _fail(str(error))
     try:

@@ -8,6 +8,7 @@ MFU, as the field counts [PaLM, appendix B].
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from trimtab.grpo.cost.shape import Layer, Shape
 
@@ -38,6 +39,9 @@ PEAK_TFLOPS = {
 }
 """Dense bf16 products with fp32 sums, 1e12 a second, by torch's name of the device [NVIDIA's data sheets, without
 sparsity]. Whole names: a slice of a GPU has the name of the GPU in its own."""
+
+
+Learns = Literal["all", "adapters", "indexer"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,14 +80,15 @@ def forward(shape: Shape, work: Work) -> int:
     return 2 * weights * work.tokens + attended + _head(shape, work)
 
 
-def training(shape: Shape, work: Work, *, full: bool = True, learn_indexer: bool = True) -> int:
+def training(shape: Shape, work: Work, *, learns: Learns = "all", learn_indexer: bool = True) -> int:
     """FLOPs of a forward and a backward pass: three times the forward's, less what has no gradient.
 
     The selection has none: scores of all pairs count once, and what learns from its KL are the scores of the selected
     pairs, against attention's probabilities for them. A frozen weight needs one product less.
 
     Args:
-        full: all weights learn; false: adapters do, whose own products are left out.
+        learns: all weights; adapters, whose own products are left out; or the indexer alone, for which there is no
+            head and no way back through the layers.
         learn_indexer: the indexer learns from its KL.
     """
     layers = shape.layers
@@ -92,7 +97,8 @@ def training(shape: Shape, work: Work, *, full: bool = True, learn_indexer: bool
     indexers = sum(2 * layer.indexer_weights * work.tokens + _scores(layer, work.lengths) for layer in layers)
     if learn_indexer:
         indexers += sum(2 * 2 * layer.indexer_weights * work.tokens + _kl(layer, work.lengths) for layer in layers)
-    return (3 if full else 2) * products + 3 * attended + indexers
+    passes = {"all": 3, "adapters": 2, "indexer": 1}[learns]
+    return passes * products + (1 if learns == "indexer" else 3) * attended + indexers
 
 
 def recomputed(shape: Shape, work: Work) -> int:

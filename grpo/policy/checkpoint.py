@@ -21,18 +21,38 @@ def check_checkpoint(path: Path | str) -> str:
     """The architecture of the checkpoint in a folder, if load_policy can read it.
 
     Raises:
-        ValueError: no checkpoint there, an architecture or a setting that is not supported, or weights that are
-            quantised, missing, cut off, left over or of another shape.
+        ValueError: what check_settings refuses, or weights that are quantised, missing, cut off, left over or of
+            another shape.
     """
     folder = Path(path)
+    name, config = check_settings(folder)
+    model_class: Any = architecture(name).model
+    with torch.device("meta"):
+        model = model_class(config)
+    wanted = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    if config.tie_word_embeddings:
+        del wanted["lm_head.weight"]
+    ignored = list(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
+    raw = json.loads((folder / "config.json").read_text())
+    first, drafts = config.num_hidden_layers, raw.get("num_nextn_predict_layers") or 0
+    ignored += [rf"model\.layers\.{first + i}\." for i in range(drafts)]  # heads that draft further tokens
+    _compare(folder, wanted, shapes_in(folder), [r"rotary_emb\.inv_freq", r"^lm_head\.weight$", *ignored])
+    return name
+
+
+def check_settings(folder: Path) -> tuple[str, Any]:
+    """The architecture that a folder's config.json names, and transformers' reading of it; weights are not looked at.
+
+    Raises:
+        ValueError: no config.json there, an architecture or a setting that is not supported.
+    """
     config_file = folder / "config.json"
     if (folder / "adapter_config.json").is_file() and not config_file.is_file():
-        raise ValueError(f"{path} holds an adapter alone; --lora.merge True makes a `merged` to start from")
+        raise ValueError(f"{folder} holds an adapter alone; --lora.merge makes a `merged` to start from")
     if not config_file.is_file():
-        raise ValueError(f"no checkpoint at {path}: give a folder that holds config.json and model.safetensors")
+        raise ValueError(f"no checkpoint at {folder}: give a folder that holds config.json and model.safetensors")
     try:
-        raw = json.loads(config_file.read_text())
-        names = raw["architectures"]
+        names = json.loads(config_file.read_text())["architectures"]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{config_file} names no architecture: write it with save_pretrained") from error
     name = names[0] if names else "none"
@@ -42,16 +62,7 @@ def check_checkpoint(path: Path | str) -> str:
     except Exception as error:  # transformers' own checks of what a user wrote, in exceptions of many kinds
         raise ValueError(f"{config_file} does not fit {name}: {' '.join(str(error).split())[:300]}") from error
     check_config(name, config)
-    with torch.device("meta"):
-        model = model_class(config)
-    wanted = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
-    if config.tie_word_embeddings:
-        del wanted["lm_head.weight"]
-    ignored = list(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
-    first, drafts = config.num_hidden_layers, raw.get("num_nextn_predict_layers") or 0
-    ignored += [rf"model\.layers\.{first + i}\." for i in range(drafts)]  # heads that draft further tokens
-    _compare(folder, wanted, shapes_in(folder), [r"rotary_emb\.inv_freq", r"^lm_head\.weight$", *ignored])
-    return name
+    return name, config
 
 
 def _compare(folder: Path, wanted: Shapes, found: Shapes, ignored: list[str]) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from trimtab.grpo.cost.clock import Clock
 from trimtab.grpo.policy.lora import adapters, save_adapter
+from trimtab.grpo.policy.muon import Muon
 from trimtab.grpo.policy.offload import Shelf
 from trimtab.grpo.policy.policy import Policy
 from trimtab.grpo.policy.shard import (
@@ -36,6 +37,10 @@ class Optimisation:
     """How a policy is optimised."""
 
     lr: float
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon: for the matrices inside the layers; embeddings, head, norms and stacked experts have AdamW."""
+    betas: tuple[float, float] = (0.9, 0.99)
+    """AdamW's."""
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     """Of the policy's gradient, and apart from it of the indexer's."""
@@ -72,13 +77,7 @@ class Learner:
             for of_indexer in (False, True)
         ]
         """What the policy's loss reaches, and what the indexer's: neither may scale the other's gradient."""
-        self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(
-            self.learning,
-            lr=optimisation.lr,
-            weight_decay=optimisation.weight_decay,
-            betas=(0.9, 0.99),
-            fused=on_gpu or None,
-        )
+        self.optimizers = _optimizers(self.policy, optimisation)
         self.updates = 0
         """Optimiser steps that this process has made."""
         self._shelves: dict[str, Shelf] = {}
@@ -88,7 +87,7 @@ class Learner:
             self._shelves["masters"] = Shelf(self.policy.parameters)
 
     def _moments(self) -> Iterator[Tensor]:
-        states = self.optimizer.state.values()
+        states = (state for optimizer in self.optimizers for state in optimizer.state.values())
         return (value for state in states for value in state.values() if isinstance(value, Tensor) and value.dim())
 
     @property
@@ -96,8 +95,9 @@ class Learner:
         return bool(self._objectives[True])
 
     def set_lr(self, lr: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
 
     def clip(self, step: int) -> tuple[float, float]:
         """Clip the two gradients, each by its own norm. Returns the norms, the policy's and the indexer's.
@@ -117,8 +117,9 @@ class Learner:
         shelf = self._shelves.get("optimizer")
         with self.clock.phase("optimiser"), shelf.taken_down() if shelf else nullcontext():
             self.updates += 1
-            self.optimizer.step()
-            self.optimizer.zero_grad()
+            for optimizer in self.optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
 
     def stream(self) -> Iterator[tuple[str, Tensor]]:
         """The weights that engines must have (shard.stream)."""
@@ -153,7 +154,7 @@ class Learner:
         else:
             self.save_merged(path)
         with self._shelves["optimizer"].taken_down() if "optimizer" in self._shelves else nullcontext():
-            torch.save(optimizer_state(self.optimizer), path / OPTIMIZER_FILE)
+            torch.save([optimizer_state(optimizer) for optimizer in self.optimizers], path / OPTIMIZER_FILE)
 
     def save_merged(self, path: Path) -> None:
         """Write a transformers checkpoint of the policy as a whole, an adapter merged into the weights."""
@@ -162,4 +163,20 @@ class Learner:
 
     def load_optimizer(self, path: Path) -> None:
         """Read the optimiser's state of a checkpoint that `save` wrote."""
-        load_optimizer_state(self.optimizer, torch.load(path / OPTIMIZER_FILE, weights_only=True))
+        states = torch.load(path / OPTIMIZER_FILE, weights_only=True)
+        for optimizer, state in zip(self.optimizers, states, strict=True):
+            load_optimizer_state(optimizer, state)
+
+
+def _optimizers(policy: Policy, optimisation: Optimisation) -> list[torch.optim.Optimizer]:
+    learning = {name: weight for name, weight in policy.named_parameters() if weight.requires_grad}
+    lr, decay = optimisation.lr, optimisation.weight_decay
+    found: list[torch.optim.Optimizer] = []
+    if optimisation.optimizer == "muon":
+        matrices = [name for name, weight in learning.items() if weight.ndim == 2 and ".layers." in name]
+        if matrices:
+            found.append(Muon([learning.pop(name) for name in matrices], lr, weight_decay=decay))
+    if rest := list(learning.values()):
+        fused = rest[0].is_cuda or None
+        found.append(torch.optim.AdamW(rest, lr=lr, weight_decay=decay, betas=optimisation.betas, fused=fused))
+    return found

@@ -26,7 +26,7 @@ from trimtab.grpo.policy.attention import (
     rms_norm,
     rotate_halves,
 )
-from trimtab.grpo.policy.checkpoint import check_checkpoint
+from trimtab.grpo.policy.checkpoint import check_checkpoint, check_settings
 from trimtab.grpo.policy.families import Architecture, architecture, check_config
 from trimtab.grpo.policy.moe import gated_mlp, routed_mlp
 from trimtab.grpo.policy.parts import Pack, Part, blocks_of, lengths_of, to_device
@@ -200,7 +200,7 @@ class Policy(nn.Module):
             again = self.checkpointing and torch.is_grad_enabled()
             return packed_attention.spans_of(lengths, x_ND.device, topk, choose, recomputed=again), choose
         choose = self.choose_attend or choose_attend
-        if x_ND.is_cuda and x_ND.dtype != torch.float32:
+        if x_ND.is_cuda and x_ND.dtype != torch.float32 and not self.family.latent:
             return [Pack(tuple(lengths), x_ND.device)], choose
         return blocks_of(lengths, x_ND.device), choose
 
@@ -246,6 +246,18 @@ def load_policy(path: Path | str, *, dtype: torch.dtype = torch.float32, checkpo
     if found["missing_keys"]:
         raise ValueError(f"{path} lacks the weights {sorted(found['missing_keys'])[:5]}")
     return Policy(model, checkpointing=checkpointing)
+
+
+def random_policy(path: Path | str, *, seed: int, checkpointing: bool = False) -> Policy:
+    """A policy of random weights in the shape that a folder's config.json gives, in float32.
+
+    Raises:
+        ValueError: what check_settings refuses.
+    """
+    name, config = check_settings(Path(path))
+    model_class: Any = architecture(name).model
+    torch.manual_seed(seed)
+    return Policy(model_class(config), checkpointing=checkpointing)
 
 
 @contextmanager

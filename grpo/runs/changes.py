@@ -4,11 +4,12 @@ from dataclasses import asdict
 from fnmatch import fnmatchcase
 from typing import Any
 
-from trimtab.grpo.config import Config, flat
+from trimtab.grpo.config import flat
 
 MAY_CHANGE = (
     *("out", "steps", "group_size", "minibatches", "tokens_per_microbatch", "offload", "checkpoint_activations"),
     *("lr", "warmup_steps", "lr_end_share", "weight_decay", "max_grad_norm", "indexer_kl"),
+    *("epochs", "plateau"),
     *("save_every", "run_gib", "trackers", "sandbox", "rollout.*", "sampling.*", "judge.*", "lora.merge"),
     *(f"domains.*.{name}" for name in ("prompts", "weights.*", "loss.*", "length", "length_soft", "length_hard")),
     *(f"domains.*.{name}" for name in ("floor", "max_lost", "open_environments", "*_seconds")),
@@ -17,8 +18,8 @@ MAY_CHANGE = (
 """Names of settings, * for any part: everything else is what the steps before were trained with, and stays."""
 
 
-def changes(before: Config, after: Config) -> dict[str, tuple[Any, Any]]:
-    """The settings that differ, by dotted name, with both values.
+def changes(before: Any, after: Any) -> dict[str, tuple[Any, Any]]:
+    """The settings of two dataclasses of one kind that differ, by dotted name, with both values.
 
     Raises:
         ValueError: one of them may not change when a run goes on.

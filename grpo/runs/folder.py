@@ -10,16 +10,21 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from trimtab.environments.base import Message
 from trimtab.environments.json_lines import json_line, read_json_lines
-from trimtab.grpo.config import Config
 from trimtab.grpo.runs.checkpoints import Checkpoints
 from trimtab.grpo.runs.durable import Owed, append_text, replace_text
 from trimtab.grpo.runs.lock import locked
 from trimtab.rewards import bounds
 from trimtab.rollout.types import Group, Lost
+
+
+class Settings(Protocol):
+    """What a run is trained with."""
+
+    def to_json(self) -> str: ...
 
 
 class RunFolder:
@@ -40,11 +45,12 @@ class RunFolder:
 
     def __init__(self, path: Path):
         self.path = path
+        self.config = path / "config.json"
         self.checkpoints = Checkpoints(path / "checkpoints")
         self._owed = Owed(lambda text: print(f"trimtab: {text}", file=sys.stderr))
 
     @classmethod
-    def create(cls, path: Path, config: Config) -> "RunFolder":
+    def create(cls, path: Path, config: Settings) -> "RunFolder":
         """Start a new folder.
 
         Raises:
@@ -52,8 +58,7 @@ class RunFolder:
         """
         if path.exists():
             raise ValueError(f"{path} exists already; continue it with `trimtab train {path} --resume`")
-        (path / "episodes").mkdir(parents=True)
-        (path / "checkpoints").mkdir()
+        (path / "checkpoints").mkdir(parents=True)
         folder = cls(path)
         folder.save_config(config)
         return folder
@@ -65,9 +70,10 @@ class RunFolder:
         Raises:
             ValueError: it is not one.
         """
-        if not (path / "config.json").is_file():
+        folder = cls(path)
+        if not folder.config.is_file():
             raise ValueError(f"{path} is not a run: it has no config.json")
-        return cls(path)
+        return folder
 
     def lock(self) -> AbstractContextManager[None]:
         """Keep other processes from training here.
@@ -77,13 +83,10 @@ class RunFolder:
         """
         return locked(self.path / "lock", str(self.path))
 
-    def load_config(self) -> Config:
-        return Config.load(self.path / "config.json")
+    def save_config(self, config: Settings) -> None:
+        replace_text(self.config, config.to_json())
 
-    def save_config(self, config: Config) -> None:
-        replace_text(self.path / "config.json", config.to_json())
-
-    def go_on(self, config: Config, step: int) -> None:
+    def go_on(self, config: Settings, step: int) -> None:
         """Make ready to train from `step` on with these settings: mend and forget what a kill has left."""
         self.save_config(config)
         self.mend()
@@ -161,7 +164,7 @@ class RunFolder:
             for episode in group.episodes
         )
         text = "".join(map(json_line, rows))
-        self._owed.write(partial(replace_text, self.path / "episodes" / f"step-{step:05d}.jsonl", text))
+        self._owed.write(partial(_write_in_folder, self.path / "episodes" / f"step-{step:05d}.jsonl", text))
 
     def save_held_out(self, **results: Mapping[str, Any]) -> None:
         text = json.dumps(self.held_out() | results, indent=2, ensure_ascii=False) + "\n"
@@ -193,9 +196,24 @@ class RunFolder:
         return sorted((self.path / "episodes").glob("step-*.jsonl"), key=_step_of)
 
 
+def remedy(path: Path) -> str:
+    """What to do with a run that has stopped."""
+    folder = RunFolder(path)
+    if folder.checkpoints.all():
+        return f"checkpoints are whole, go on with: trimtab train {path} --resume"
+    if folder.config.is_file():
+        return f"nothing was saved yet, begin again with: trimtab train {path} --resume"
+    return "nothing had begun: start it anew"
+
+
 def _said(message: Message) -> dict[str, Any]:
     """A message without what it leaves empty."""
     return {key: value for key, value in asdict(message).items() if value or key in ("role", "content")}
+
+
+def _write_in_folder(file: Path, text: str) -> None:
+    file.parent.mkdir(exist_ok=True)
+    replace_text(file, text)
 
 
 def _step_of(file: Path) -> int:

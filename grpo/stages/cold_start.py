@@ -19,9 +19,9 @@ from transformers import DeepseekV32Config, DeepseekV32ForCausalLM
 import trimtab.environments.tasks.alignment as alignment
 from trimtab.environments.base import Message
 from trimtab.grpo.config import ColdStart, Config
+from trimtab.grpo.policy.muon import Muon
 from trimtab.grpo.policy.policy import Policy
 from trimtab.grpo.runs.lock import locked
-from trimtab.grpo.stages.muon import Muon
 from trimtab.grpo.stages.tokenizer import train_tokenizer
 from trimtab.rollout.formats.chat import Chat, render
 from trimtab.rollout.formats.dsml import BOS, EOS, MARKUP, SPECIAL_TOKENS, format_calls, tools_block

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 ITERATIONS = 5
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -36,7 +37,8 @@ def orthogonalise(update_BMN: Tensor) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum, orthogonalised, at the size of an AdamW step (0.2 per entry), with decoupled weight decay.
 
-    For matrices only; matrices of one shape are computed together.
+    For matrices only; matrices of one shape are computed together. A matrix that is shared out over processes is made
+    whole for its step, on each of them.
     """
 
     def __init__(self, matrices: Iterable[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.01):
@@ -50,13 +52,24 @@ class Muon(torch.optim.Optimizer):
                 if parameter.grad is not None:
                     by_shape.setdefault(parameter.shape, []).append(parameter)
             for shape, parameters in by_shape.items():
-                updates = orthogonalise(torch.stack([self._momentum(p, group["momentum"]) for p in parameters]))
+                updates = orthogonalise(torch.stack([_whole(self._momentum(p, group["momentum"])) for p in parameters]))
                 size = group["lr"] * 0.2 * math.sqrt(max(shape))
                 for parameter, update in zip(parameters, updates, strict=True):
-                    parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-size)
+                    parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(_as(parameter, update), alpha=-size)
 
     def _momentum(self, parameter: nn.Parameter, momentum: float) -> Tensor:
         assert parameter.grad is not None and parameter.ndim == 2
         buffer = self.state[parameter].setdefault("momentum", torch.zeros_like(parameter))
         buffer.lerp_(parameter.grad, 1 - momentum)
         return parameter.grad.lerp(buffer, momentum)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _as(parameter: Tensor, whole: Tensor) -> Tensor:
+    """A whole tensor, shared out as the parameter is."""
+    if not isinstance(parameter, DTensor):
+        return whole
+    return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)

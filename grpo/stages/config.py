@@ -1,0 +1,119 @@
+"""What a supervised stage is, as one frozen dataclass. Imports no torch."""
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from pydantic import TypeAdapter, ValidationError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Supervised:
+    """Training on what is there already: texts, or what assistants say in conversations."""
+
+    out: str = ""
+    """Folder of the run; empty: runs/RECIPE-DATE-TIME."""
+    model: str = ""
+    """What to start from: a checkpoint folder (transformers format), a .gguf file, or a name on the model hub."""
+    random_weights: bool = False
+    """Start from nothing: of the model only config.json and the tokenizer are read."""
+    data: tuple[str, ...] = ()
+    """Files to learn from, .jsonl or .parquet."""
+    form: Literal["text", "conversations"] = "text"
+    """text: the loss asks for every token. conversations: lists of messages in OpenAI's form, of which the loss asks
+    for what assistants say; a row's field `thinking` (true or false) goes before `thinking` here."""
+    field: str = ""
+    """Where a row has it; empty: text, or messages."""
+    thinking: bool = True
+    """Assistants reason before they answer, in conversations that do not say."""
+    prompt_weight: float = 0.0
+    """Weight in the loss of the tokens that nobody asks for, such as a user's."""
+    dense_attention: bool = False
+    """Attend to all earlier tokens although the model has an indexer: the indexer learns from all keys."""
+    learns: Literal["all", "indexer"] = "all"
+    """indexer: everything else is frozen, and what comes out has its weights to the bit."""
+    indexer_kl: float = 1.0
+    """Weight of the indexer's KL, whose gradient reaches the indexer alone; 0 freezes the indexer."""
+    epochs: float = 1.0
+    """Passes over the data, where steps is not set."""
+    steps: int | None = None
+    """Optimiser steps; None: what epochs come to."""
+    plateau: int | None = None
+    """Stop once the loss that is learnt from (the indexer's, where it learns alone) has not fallen by 1 % from one
+    window of so many steps to the next; None: never."""
+    max_len: int | None = None
+    """Longest sequence in tokens; None: as many as the model has positions, at most 8192."""
+    tokens_per_step: int = 65536
+    """A batch has the fewest sequences that reach it."""
+    tokens_per_microbatch: int = 8192
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon: for the matrices inside the layers; the rest has AdamW."""
+    lr: float = 1e-5
+    warmup_steps: int | None = None
+    """Steps with a smaller learning rate, which rises linearly; None: a twentieth of all."""
+    lr_end_share: float = 0.1
+    """Share of lr that the last step has, after a linear fall; 1 keeps it constant."""
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    """Largest norm of a gradient: of the policy's, and apart from it of the indexer's."""
+    precision: Literal["bf16", "fp32"] | None = None
+    """What is computed in; weights and optimiser stay in fp32. None: bf16 on a GPU, fp32 on a CPU."""
+    offload: Literal["none", "optimizer"] = "none"
+    """What rests in host memory while it is not needed."""
+    checkpoint_activations: bool = False
+    """Recompute each layer in the backward pass to save memory."""
+    held_out: int = 64
+    """Rows of the data, its last ones, that are measured before and after and never trained on."""
+    save_every: int = 100
+    """Steps between checkpoints; the two newest are kept."""
+    run_gib: float = 20.0
+    """What the run's folder may hold, checkpoints aside."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in (
+            "steps",
+            "plateau",
+            "max_len",
+            "tokens_per_step",
+            "tokens_per_microbatch",
+            "held_out",
+            "save_every",
+        ):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        for name in ("lr", "max_grad_norm", "epochs", "run_gib"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be above 0 and finite, got {getattr(self, name)}")
+        for name in ("warmup_steps", "weight_decay", "indexer_kl", "prompt_weight", "seed"):
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise ValueError(f"{name} must be 0 or more, got {value}")
+        if not 0 <= self.lr_end_share <= 1:
+            raise ValueError(f"lr_end_share must lie in [0, 1], got {self.lr_end_share}")
+        if self.learns == "indexer" and not self.indexer_kl:
+            raise ValueError("learns is indexer and indexer_kl is 0: nothing would learn; leave indexer_kl out")
+
+    @property
+    def text_field(self) -> str:
+        return self.field or ("text" if self.form == "text" else "messages")
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def load(cls, path: Path) -> "Supervised":
+        """Read settings that a run's folder holds.
+
+        Raises:
+            ValueError: the file is missing or holds something else.
+        """
+        try:
+            return TypeAdapter(cls).validate_json(path.read_bytes())
+        except FileNotFoundError as error:
+            raise ValueError(f"{path.parent} is not a run: it has no {path.name}") from error
+        except ValidationError as error:
+            raise ValueError(f"{path} is no configuration of a supervised stage of this version: {error}") from error
