@@ -6,29 +6,28 @@ import random
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from rich.console import Console
-from torch import Tensor, nn
 from transformers import DeepseekV32Config, DeepseekV32ForCausalLM
 
 import trimtab.environments.tasks.alignment as alignment
 from trimtab.environments.base import Message
 from trimtab.grpo.config import ColdStart, Config
-from trimtab.grpo.policy.muon import Muon
 from trimtab.grpo.policy.policy import Policy
 from trimtab.grpo.runs.lock import locked
+from trimtab.grpo.stages.config import Supervised
+from trimtab.grpo.stages.data import Tokens
+from trimtab.grpo.stages.supervised import SupervisedTrainer
 from trimtab.grpo.stages.tokenizer import train_tokenizer
 from trimtab.rollout.formats.chat import Chat, render
 from trimtab.rollout.formats.dsml import BOS, EOS, MARKUP, SPECIAL_TOKENS, format_calls, tools_block
 
 Demonstrate = Callable[[random.Random], tuple[Message, ...]]
-Sequence = tuple[np.ndarray, np.ndarray]  # ids int32 [N], sampled bool [N]
 TOKENIZER_EXAMPLES = 3000
+WEIGHT_DECAY = 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,68 +154,46 @@ def _texts(sources: Mapping[str, tuple[Demonstrate, bool, float]], settings: Col
 
 def _batches(
     sources: Mapping[str, tuple[Demonstrate, bool, float]], settings: ColdStart, chat: Chat
-) -> Iterator[list[Sequence]]:
-    """Endless batches of about tokens_per_step tokens, shortest sequence first."""
+) -> Iterator[list[Tokens]]:
+    """Endless batches of about tokens_per_step tokens."""
     rng = random.Random(f"cold start{settings.seed}")
     names = list(sources)
     shares = [sources[name][2] for name in names]
     while True:
-        batch: list[Sequence] = []
-        while sum(len(ids) for ids, _ in batch) < settings.tokens_per_step:
+        batch: list[Tokens] = []
+        while sum(len(one.ids_N) for one in batch) < settings.tokens_per_step:
             demonstrate, thinking, _ = sources[rng.choices(names, shares)[0]]
-            batch += render(chat, demonstrate(rng), thinking=thinking)
-        yield sorted(batch, key=lambda sequence: len(sequence[0]))
+            batch += [Tokens(*sequence) for sequence in render(chat, demonstrate(rng), thinking=thinking)]
+        yield batch
 
 
-def _optimise(policy: Policy, batches: Iterator[list[Sequence]], settings: ColdStart, console: Console) -> None:
-    optimizers = _optimizers(policy, settings.lr)
+def _optimise(policy: Policy, batches: Iterator[list[Tokens]], settings: ColdStart, console: Console) -> None:
+    """A step a batch; the optimiser's state goes on from part to part."""
+    supervised = Supervised(
+        optimizer="muon",
+        lr=settings.lr,
+        weight_decay=WEIGHT_DECAY,
+        prompt_weight=settings.prompt_weight,
+        tokens_per_microbatch=2 * settings.tokens_per_step,
+        precision="fp32",
+    )
+    trainer = SupervisedTrainer(supervised, policy, device=policy.head_weight.device)
     started = time.perf_counter()
     tokens = 0
     for step in range(settings.steps):
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = settings.lr * _schedule(step, settings.steps)
-        batch = next(batches)
         stage = _stage(step / settings.steps, settings)
-        loss, indexer_kl = _loss(policy, batch, stage, prompt_weight=settings.prompt_weight)
-        policy.zero_grad()
-        (loss + indexer_kl).backward()
-        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-        tokens += sum(len(ids) for ids, _ in batch)
+        trainer.config = replace(supervised, dense_attention=stage.dense, indexer_kl=float(stage.learns_indexer))
+        trainer.set_lr(settings.lr * _schedule(step, settings.steps))
+        batch = next(batches)
+        found = trainer.train_on(batch, step)
+        tokens += sum(len(one.ids_N) for one in batch)
         if (step + 1) % max(settings.steps // 20, 1) == 0:
             speed = tokens / (time.perf_counter() - started)
             console.print(
-                f"cold start: step {step + 1}/{settings.steps} ({stage.name})  loss {float(loss.detach()):.3f}  "
-                f"indexer KL {float(indexer_kl.detach()):.3f}  {speed:,.0f} tok/s",
+                f"cold start: step {step + 1}/{settings.steps} ({stage.name})  loss {found['loss']:.3f}  "
+                f"indexer KL {found.get('indexer_kl', 0.0):.3f}  {speed:,.0f} tok/s",
                 highlight=False,
             )
-
-
-def _optimizers(policy: Policy, lr: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the layers, AdamW for embeddings, head, norms and stacked experts."""
-    matrices: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
-    for name, parameter in policy.named_parameters():
-        (matrices if parameter.ndim == 2 and ".layers." in name else others).append(parameter)
-    return [Muon(matrices, lr), torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)]
-
-
-def _loss(policy: Policy, batch: list[Sequence], stage: Stage, *, prompt_weight: float) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of the next token, and the indexer's KL. Tokens of the prompt count prompt_weight each."""
-    device = policy.head_weight.device
-    ids_N = torch.from_numpy(np.concatenate([ids for ids, _ in batch])).long().to(device)
-    sampled_N = torch.from_numpy(np.concatenate([sampled for _, sampled in batch])).to(device)
-    cu_seqlens = torch.tensor([0, *np.cumsum([len(ids) for ids, _ in batch])]).to(device)
-    out = policy(ids_N, cu_seqlens, dense_attention=stage.dense, with_indexer_kl=stage.learns_indexer)
-    weight_N = sampled_N + prompt_weight * ~sampled_N
-    weight_N[cu_seqlens[:-1]] = 0.0  # nothing predicts a first token
-    predict_S = weight_N.nonzero().squeeze(-1)
-    logits_SV = out.hidden_ND.index_select(0, predict_S - 1) @ policy.head_weight.T
-    loss_S = F.cross_entropy(logits_SV, ids_N[predict_S], reduction="none")
-    indexer_kl = torch.zeros(()) if out.indexer_kl_N is None else out.indexer_kl_N.mean()
-    return (loss_S * weight_N[predict_S]).sum() / weight_N.sum(), indexer_kl
 
 
 def _stage(progress: float, settings: ColdStart) -> Stage:

@@ -187,7 +187,7 @@ class SupervisedTrainer(Learner):
 
     def _losses(self, pack: Sequence[Tokens], *, dense: bool) -> tuple[Tensor | None, Tensor | None]:
         """Sums over a pack: of the weighted cross-entropy, if the model learns, and of the indexer's KL, if it does."""
-        out, ids_N = self._read(pack, dense=dense, with_kl=self.learns_indexer)
+        out, ids_N = self._read(pack, dense=dense, with_kl=self.learns_indexer and self.config.indexer_kl > 0)
         kl = None if out.indexer_kl_N is None else out.indexer_kl_N.sum()
         return self._cross_entropy(out, ids_N, pack) if self.config.learns == "all" else None, kl
 
