@@ -94,7 +94,8 @@ def trajectories(groups: Sequence[Group], settings: Mapping[str, LossSettings]) 
     """The episodes to train on, with their advantages, in the order given.
 
     A group whose rewards are all equal has advantages of 0: its KL pulls on it, and it counts in the divisor as every
-    other does [DeepSeek-V3.2, eq. 5]. Where its domain says drop_equal_groups, it is left out.
+    other does [DeepSeek-V3.2, eq. 5]. Where its domain says drop_equal_groups, it is left out. Where it has no
+    surrogate, every advantage is 0.
 
     Raises:
         ValueError: a reward that is not finite, a domain without settings, an episode without segments.
@@ -110,6 +111,7 @@ def trajectories(groups: Sequence[Group], settings: Mapping[str, LossSettings]) 
         if settings[group.domain].drop_equal_groups and not advantage_G.any():
             continue
         for episode, advantage in zip(group.episodes, advantage_G.tolist(), strict=True):
+            advantage = advantage if settings[group.domain].surrogate else 0.0
             trajectory = Trajectory(
                 name=episode.name,
                 domain=group.domain,

@@ -102,6 +102,9 @@ class LossSettings:
     delta: float | str | None = 0.1
     """A failed trajectory whose mean log(pi_old / pi) exceeds this leaves the surrogate; None keeps all. As p99, p95 or
     the like: that percentile of the domain's trajectories in the rollout batch before."""
+    surrogate: bool = True
+    """The clipped surrogate of the rewards trains. False: the KL alone does, and rewards are only logged; with teachers
+    and kl = full that is on-policy distillation."""
     drop_equal_groups: bool = False
     """Leave groups out whose rewards are all equal, with their KL term and their part of the divisor: the fewer have
     signal, the more each counts. Otherwise their KL stays [DeepSeek-V3.2, eq. 5], and every group counts the same."""
@@ -109,6 +112,8 @@ class LossSettings:
     def __post_init__(self) -> None:
         if not 0 <= self.beta < math.inf:
             raise ValueError(f"beta must be 0 or more and finite (0 trains without a reference), got {self.beta}")
+        if not self.surrogate and not self.beta:
+            raise ValueError("surrogate is false and beta is 0: nothing would train; set beta")
         if not 0 < self.clip_low <= 1:
             raise ValueError(f"clip_low must lie in (0, 1], got {self.clip_low}")
         if not self.clip_high > 0:
@@ -128,6 +133,8 @@ class Domain:
     (rewards.judging.rubric.Judge) and `grade` (rewards.judging.rubric.Grader)."""
     score: str = "outcome"
     """The reward part that held-out scores report."""
+    teacher: str = ""
+    """Checkpoint that this domain's KL is taken to; empty: the model that the run starts from."""
     prompts: int = 8
     """Groups a step."""
     demonstrations: float = 1.0
@@ -441,8 +448,13 @@ class Config:
 
     @property
     def needs_reference(self) -> bool:
-        """Whether any domain asks for a KL to the reference policy."""
-        return any(domain.loss.beta > 0 for domain in self.domains.values())
+        """Whether any domain asks for a KL to a reference policy."""
+        return bool(self.references)
+
+    @property
+    def references(self) -> tuple[str, ...]:
+        """Checkpoints that a KL is taken to, each once; empty: the model that the run starts from."""
+        return tuple(dict.fromkeys(domain.teacher for domain in self.domains.values() if domain.loss.beta > 0))
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"

@@ -117,9 +117,9 @@ class Run:
             players = stack.enter_context(Players.start(config, folder.path, clock))
             stop.listen()
             start = resumed.checkpoint or Path(config.model)
-            policies = load_policies(config, start)  # on the CPU, while the engines start
+            policy, references = load_policies(config, start)  # on the CPU, while the engines start
             console.print(players.wait_until_ready())
-            trainer = load_trainer(config, folder, *policies, clock, resumed.checkpoint)
+            trainer = load_trainer(config, folder, policy, references, clock, resumed.checkpoint)
             players.update(trainer, resumed.step)
             parts = ExpectedParts(config)
             if resumed.step == 0:
@@ -178,7 +178,8 @@ def one_step(
     if training:
         trainer.resume()
         metrics |= trainer.train_on(batch, step)
-    if not any(trajectory.advantage for trajectory in batch):
+    taught = any(domain.loss.surrogate for domain in config.domains.values())
+    if taught and not any(trajectory.advantage for trajectory in batch):
         print(f"trimtab: step {step + 1}: {without_advantage(draws, played, kl=bool(training))}", file=sys.stderr)
     saving.trained(step + 1)
     try:
@@ -223,8 +224,8 @@ def held_out(players: Players, config: Config, parts: ExpectedParts) -> dict[str
     }
 
 
-def load_policies(config: Config, start: Path) -> tuple[Policy, Policy | None]:
-    """The policy as it starts, and the reference that the KL of a domain is taken to."""
+def load_policies(config: Config, start: Path) -> tuple[Policy, dict[str, Policy]]:
+    """The policy as it starts, and the references that the KL of a domain is taken to, by the domain's teacher."""
     adapted = config.lora.rank > 0
     policy = load_policy(Path(config.model) if adapted else start, checkpointing=config.checkpoint_activations)
     if adapted:
@@ -232,15 +233,15 @@ def load_policies(config: Config, start: Path) -> tuple[Policy, Policy | None]:
         policy = adapt(policy, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, seed=config.seed)
         if start != Path(config.model):
             load_adapter(policy, start)
-    needed = config.needs_reference and not adapted  # a policy without its adapters is its own reference
-    return policy, load_policy(Path(config.model)) if needed else None
+    needed = [one for one in config.references if one or not adapted]  # without adapters it is its own reference
+    return policy, {teacher: load_policy(Path(teacher or config.model)) for teacher in needed}
 
 
 def load_trainer(
     config: Config,
     folder: RunFolder,
     policy: Policy,
-    reference: Policy | None,
+    references: Mapping[str, Policy],
     clock: Clock,
     checkpoint: Path | None,
 ) -> Trainer:
@@ -252,7 +253,7 @@ def load_trainer(
         raise ValueError(f"training runs in one process in this version, got {accelerator.num_processes}")
     if config.trackers:
         accelerator.init_trackers("trimtab", init_kwargs={})
-    trainer = Trainer(config, policy, reference, accelerator, clock)
+    trainer = Trainer(config, policy, None, accelerator, clock, teachers=references)
     if checkpoint is not None:
         trainer.load_optimizer(checkpoint)
     return trainer

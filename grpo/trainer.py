@@ -1,7 +1,7 @@
 """One policy under optimisation: minibatches in, weights and statistics out."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +16,7 @@ from trimtab.grpo.config import Config, LossSettings, percentile
 from trimtab.grpo.cost.clock import Clock
 from trimtab.grpo.estimators import KlEstimator, drift_percentile, k3, unbiased_kl, unchecked_grpo_loss
 from trimtab.grpo.policy.learner import Learner, Optimisation
-from trimtab.grpo.policy.lora import adapters, without_adapters
+from trimtab.grpo.policy.lora import without_adapters
 from trimtab.grpo.policy.offload import Shelf
 from trimtab.grpo.policy.policy import Policy
 from trimtab.grpo.policy.shard import compute_dtype, round_frozen, without_gradient
@@ -53,8 +53,13 @@ class Trainer(Learner):
         reference_policy: Policy | None,
         accelerator: Accelerator,
         clock: Clock | None = None,
+        teachers: Mapping[str, Policy] | None = None,
     ):
-        """Both policies are given in fp32; one with adapters is its own reference."""
+        """All policies are given in fp32; one with adapters is its own reference.
+
+        Args:
+            teachers: further references, by what domains call their teacher.
+        """
         self.config, self.accelerator = config, accelerator
         dtype = compute_dtype(config.precision, accelerator.device)
         optimisation = Optimisation(
@@ -65,14 +70,19 @@ class Trainer(Learner):
         )
         device = accelerator.device
         super().__init__(round_frozen(policy, dtype), optimisation, device=device, dtype=dtype, clock=clock)
-        self.reference: Policy | None = None
-        if reference_policy is not None:
-            self.reference = round_frozen(reference_policy.requires_grad_(False), dtype).to(self.device)
+        given = {**({} if reference_policy is None else {"": reference_policy}), **(teachers or {})}
+        self.references = {
+            name: round_frozen(one.requires_grad_(False), dtype).to(self.device) for name, one in given.items()
+        }
+        """By the teacher of a domain; "": the model that the run started from."""
+        self._heads: dict[str, Tensor] = {}
+        """LM heads of references that rest while the full KL to them is learnt from."""
         self.deltas: dict[str, float] = {}
         """For domains whose delta is a percentile, its value in the rollout batch before."""
-        if config.offload in ("reference", "all") and self.reference is not None:
-            self._shelves["reference"] = Shelf(self.reference.parameters, constant=True)
-            self._shelves["reference"].rest()
+        if config.offload in ("reference", "all"):
+            for name, one in self.references.items():
+                self._shelves[_shelf(name)] = Shelf(one.parameters, constant=True)
+                self._shelves[_shelf(name)].rest()
 
     def train_on(self, batch: Sequence[Trajectory], step: int) -> dict[str, Any]:
         """One epoch over a rollout batch in config.minibatches optimiser steps.
@@ -104,6 +114,7 @@ class Trainer(Learner):
         for part, packs_of_part, refs in zip(parts, packs, references, strict=True):
             if packs_of_part:
                 self._step(part, packs_of_part, refs, record, step)
+        self._heads.clear()
         self._choose_deltas(record)
         return record.metrics() | {"lr": lr}
 
@@ -120,7 +131,11 @@ class Trainer(Learner):
                 self.deltas[name] = drift_percentile(torch.from_numpy(drift_B), percentile(domain.loss.delta))
 
     def _packs(self, part: Sequence[Trajectory]) -> list[Packed]:
-        packs = pack(part, self.config.tokens_per_microbatch)
+        """In packs, each of trajectories with the same reference."""
+        by_teacher: dict[str, list[Trajectory]] = {}
+        for one in part:
+            by_teacher.setdefault(self._teacher(one.domain), []).append(one)
+        packs = [one for ours in by_teacher.values() for one in pack(ours, self.config.tokens_per_microbatch)]
         if not packs:
             return []
         largest = max(int(packed.kept_id_E.max()) for packed in packs)
@@ -128,21 +143,31 @@ class Trainer(Learner):
             raise ValueError(f"kept id {largest} is outside the vocabulary of {self.policy.config.vocab_size}")
         return [packed.pinned() for packed in packs] if self.device.type == "cuda" else packs
 
+    def _teacher(self, domain: str) -> str:
+        return self.config.domains[domain].teacher if domain in self.config.domains else ""
+
     def _references(self, packs: Sequence[Sequence[Packed]]) -> list[list[Tensor | None]]:
         """By mini-batch and pack, the reference's log-probabilities [S]; for the full KL its hidden states [S, D]."""
         if not self.config.needs_reference:
             return [[None] * len(part) for part in packs]
-        with self._as_reference() as policy:
-            read = self._hidden if self.config.kl == "full" else self._logp_of
-            return [[read(policy, packed.to(self.device)) for packed in part] for part in packs]
+        read = self._hidden if self.config.kl == "full" else self._logp_of
+        found: list[list[Tensor | None]] = [[None] * len(part) for part in packs]
+        for teacher in self.config.references:
+            with self._as_reference(teacher) as policy:
+                for part, results in zip(packs, found, strict=True):
+                    for i, packed in enumerate(part):
+                        if self._teacher(packed.domains[0]) == teacher:
+                            results[i] = read(policy, packed.to(self.device))
+                if self.config.kl == "full" and _shelf(teacher) in self._shelves:
+                    self._heads[teacher] = policy.head_weight.detach().clone()
+        return found
 
     @contextmanager
-    def _as_reference(self) -> Iterator[Policy]:
-        """The reference on the device, without gradient."""
-        shelf = self._shelves.get("reference")
-        adapted = bool(adapters(self.policy))
+    def _as_reference(self, teacher: str) -> Iterator[Policy]:
+        """A reference on the device, without gradient."""
+        shelf = self._shelves.get(_shelf(teacher))
         with shelf.taken_down() if shelf else nullcontext(), without_adapters(self.policy):
-            policy = self.policy if adapted or self.reference is None else self.reference
+            policy = self.references.get(teacher, self.policy)
             with without_gradient(policy):
                 yield policy
 
@@ -181,7 +206,9 @@ class Trainer(Learner):
         """
         full = self.config.kl == "full"
         read = self._read(self.policy, packed, routed=self.config.keep_routing, learn=True)
-        kl_S = self._full_kl(read.hidden_SD, reference_S) if full and reference_S is not None else None
+        kl_S: Tensor | None = None
+        if full and reference_S is not None:
+            kl_S = self._full_kl(read.hidden_SD, reference_S, self._teacher(packed.domains[0]))
         loss = unchecked_grpo_loss(
             read.logp_S,
             packed.old_logp_S,
@@ -204,10 +231,10 @@ class Trainer(Learner):
         record.add(packed, loss, read.entropy_S, read.indexer_kl_N)
         return read.logp_S.detach() - packed.old_logp_S
 
-    def _full_kl(self, hidden_SD: Tensor, ref_hidden_SD: Tensor) -> Tensor:
-        """The KL to the reference over the whole vocabulary, [S]."""
-        reference_policy = self.reference or self.policy
-        heads = (self.policy.head_weight, reference_policy.head_weight.detach())
+    def _full_kl(self, hidden_SD: Tensor, ref_hidden_SD: Tensor, teacher: str) -> Tensor:
+        """The KL to a reference over the whole vocabulary, [S]."""
+        ref_head_VD = self._heads.get(teacher, self.references.get(teacher, self.policy).head_weight.detach())
+        heads = (self.policy.head_weight, ref_head_VD)
         temperature = self.config.sampling.temperature
         if hidden_SD.is_cuda:
             from trimtab.kernels.lm_head import full_kl
@@ -272,3 +299,7 @@ class Trainer(Learner):
         """Read the optimiser's state, and what else goes on from step to step, of a checkpoint that `save` wrote."""
         super().load_optimizer(path)
         self.deltas = json.loads((path / DELTAS_FILE).read_text())
+
+
+def _shelf(teacher: str) -> str:
+    return f"reference {teacher}"

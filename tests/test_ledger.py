@@ -16,6 +16,7 @@ from trimtab.grpo.cost.ledger import (
     GIB,
     MIB,
     RESERVE,
+    Beside,
     activations,
     adapter_parameters,
     choose,
@@ -219,10 +220,13 @@ def test_a_judge_in_an_engine_of_its_own_takes_its_room():
     """Its cache is as large as the policy's and stays while the policy trains."""
     rollout = Rollout(max_len=4096, graphs=True, sleep=False)
     alone, judged = (
-        choose(settings(rollout=rollout), QWEN["0.6B"], H100, judge=judge) for judge in (None, QWEN["0.6B"])
+        choose(settings(rollout=rollout), QWEN["0.6B"], H100, beside=Beside(judge=judge))
+        for judge in (None, QWEN["0.6B"])
     )
     assert judged.kv_cache_mib < alone.kv_cache_mib / 2
-    asleep = choose(settings(rollout=replace(rollout, sleep=True)), QWEN["0.6B"], H100, judge=QWEN["0.6B"])
+    asleep = choose(
+        settings(rollout=replace(rollout, sleep=True)), QWEN["0.6B"], H100, beside=Beside(judge=QWEN["0.6B"])
+    )
     assert alone.kv_cache_mib > asleep.kv_cache_mib > judged.kv_cache_mib
 
 

@@ -125,7 +125,7 @@ def test_resting_in_host_memory_changes_no_bit_of_training():
     other.optimizers = [torch.optim.SGD(other.learning, lr=1e-3)]
     other.rest()
     assert all(weight.untyped_storage().nbytes() == 0 for weight in other.policy.parameters())
-    assert all(weight.untyped_storage().nbytes() == 0 for weight in other.reference.parameters())
+    assert all(weight.untyped_storage().nbytes() == 0 for weight in other.references[""].parameters())
     assert weights(other).keys() == whole.keys()
     other.resume()
     other.train_on(BATCH, step=5)

@@ -107,53 +107,66 @@ class Plan:
     ledger: Ledger
 
 
-def choose(config: Config, shape: Shape, gpu_bytes: int | None, *, judge: Shape | None = None) -> Plan:
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """The models of a run besides its policy."""
+
+    judge: Shape | None = None
+    """Of a judge's own engine, which stays awake."""
+    teachers: tuple[Shape, ...] = ()
+    """References other than the model that the run starts from."""
+
+
+ALONE = Beside()
+
+
+def choose(config: Config, shape: Shape, gpu_bytes: int | None, *, beside: Beside = ALONE) -> Plan:
     """Whether engines sleep, and how large a cache they get; what config.rollout sets stays.
 
     Args:
         config: resolved, but for rollout.sleep and rollout.kv_cache_mib.
         gpu_bytes: of the GPU that trainer and engines share; None: a CPU, where nothing is refused.
-        judge: the model of a judge's own engine, which stays awake.
 
     Raises:
         ValueError: it cannot fit; with the remedy that would make it fit.
     """
     if gpu_bytes is None:
         useful = min(_useful(config, shape), max(CPU_CACHE, _window(config, shape)))
-        return _plan(config, shape, judge, False, (config.rollout.kv_cache_mib or 0) * MIB or useful)
-    plan = _fitting(config, shape, gpu_bytes, judge)
+        return _plan(config, shape, beside, False, (config.rollout.kv_cache_mib or 0) * MIB or useful)
+    plan = _fitting(config, shape, gpu_bytes, beside)
     if plan is None:
-        raise ValueError(_refusal(config, shape, gpu_bytes, judge))
+        raise ValueError(_refusal(config, shape, gpu_bytes, beside))
     return plan
 
 
-def least(config: Config, shape: Shape, *, judge: Shape | None = None) -> int:
+def least(config: Config, shape: Shape, *, beside: Beside = ALONE) -> int:
     """Bytes of the smallest GPU that would do: with the cache asked for, or that of one window; RESERVE included."""
-    return _need(config, shape, judge)[0]
+    return _need(config, shape, beside)[0]
 
 
-def count(config: Config, shape: Shape, cache: int, *, judge: Shape | None = None) -> Ledger:
+def count(config: Config, shape: Shape, cache: int, *, beside: Beside = ALONE) -> Ledger:
     """All bytes of a run whose engines have a cache of so many bytes each."""
-    items = (*_trainer(config, shape), *_engine(config, shape, cache), *(_judge(config, judge, cache) if judge else ()))
+    judge = _judge(config, beside.judge, cache) if beside.judge else ()
+    items = (*_trainer(config, shape, beside.teachers), *_engine(config, shape, cache), *judge)
     return Ledger(tuple(item for item in items if item.size))
 
 
-def _fitting(config: Config, shape: Shape, gpu_bytes: int, judge: Shape | None) -> Plan | None:
+def _fitting(config: Config, shape: Shape, gpu_bytes: int, beside: Beside) -> Plan | None:
     room = int(gpu_bytes * (1 - RESERVE))
     asked, free_to_sleep = config.rollout.kv_cache_mib, config.rollout.sleep is None
     for sleep in (False, True) if free_to_sleep else (bool(config.rollout.sleep),):
-        left = min(_useful(config, shape), _left(config, shape, room, judge, sleep))
+        left = min(_useful(config, shape), _left(config, shape, room, beside, sleep))
         cache = asked * MIB if asked else left
-        plan = _plan(config, shape, judge, sleep, cache)
+        plan = _plan(config, shape, beside, sleep, cache)
         least = ENOUGH * _useful(config, shape) if free_to_sleep and not sleep and not asked else 0
         if cache >= max(least, _window(config, shape)) and plan.ledger.peak(sleep=sleep)[0] <= room:
             return plan
     return None
 
 
-def _left(config: Config, shape: Shape, room: int, judge: Shape | None, sleep: bool) -> int:
+def _left(config: Config, shape: Shape, room: int, beside: Beside, sleep: bool) -> int:
     """The largest cache for which all caches fit, in whole MiB, at every moment."""
-    empty, small = (count(config, shape, cache, judge=judge) for cache in (0, MIB))
+    empty, small = (count(config, shape, cache, beside=beside) for cache in (0, MIB))
     mib = []
     for moment in MOMENTS:
         without = empty.at(moment, sleep=sleep)
@@ -162,30 +175,30 @@ def _left(config: Config, shape: Shape, room: int, judge: Shape | None, sleep: b
     return min(mib) * MIB
 
 
-def _plan(config: Config, shape: Shape, judge: Shape | None, sleep: bool, cache: int) -> Plan:
+def _plan(config: Config, shape: Shape, beside: Beside, sleep: bool, cache: int) -> Plan:
     return Plan(
         sleep=sleep,
         kv_cache_mib=-(-cache // MIB),
         windows=max(cache, 0) // _window(config, shape),
-        ledger=count(config, shape, max(cache, 0), judge=judge),
+        ledger=count(config, shape, max(cache, 0), beside=beside),
     )
 
 
-def _refusal(config: Config, shape: Shape, gpu_bytes: int, judge: Shape | None) -> str:
+def _refusal(config: Config, shape: Shape, gpu_bytes: int, beside: Beside) -> str:
     sleep = config.rollout.sleep is not False
-    needed, moment = _need(config, shape, judge)
+    needed, moment = _need(config, shape, beside)
     said = f"the run needs {_gib(needed)} GiB in {NAMES[moment]}, {'engines asleep' if sleep else 'engines awake'}"
     said += f", and this GPU has {_gib(gpu_bytes)}"
     for words, smaller in _remedies(config):
-        if _fitting(smaller, shape, gpu_bytes, judge):
-            return f"{said}; with {words} it needs {_gib(_need(smaller, shape, judge)[0])}"
+        if _fitting(smaller, shape, gpu_bytes, beside):
+            return f"{said}; with {words} it needs {_gib(_need(smaller, shape, beside)[0])}"
     return f"{said}; take a GPU of {-(-needed // GIB)} GiB or a smaller model"
 
 
-def _need(config: Config, shape: Shape, judge: Shape | None) -> tuple[int, Moment]:
+def _need(config: Config, shape: Shape, beside: Beside) -> tuple[int, Moment]:
     """What `least` returns, and the moment that needs it."""
     cache = (config.rollout.kv_cache_mib or 0) * MIB or _window(config, shape)
-    peak, moment = count(config, shape, cache, judge=judge).peak(sleep=config.rollout.sleep is not False)
+    peak, moment = count(config, shape, cache, beside=beside).peak(sleep=config.rollout.sleep is not False)
     return int(peak / (1 - RESERVE)), moment
 
 
@@ -234,7 +247,7 @@ def _useful(config: Config, shape: Shape) -> int:
     return min(config.rollout.max_num_seqs, -(-episodes // config.rollout.actors)) * _window(config, shape)
 
 
-def _trainer(config: Config, shape: Shape) -> Iterator[Item]:
+def _trainer(config: Config, shape: Shape, teachers: tuple[Shape, ...]) -> Iterator[Item]:
     """What learns has masters, gradients and Adam's moments in fp32, 16 bytes a parameter. Beside adapters the weights
     rest in the compute type, and are their own reference."""
     whole, rank, offload = shape.parameters * _bytes(config), config.lora.rank, config.offload
@@ -246,8 +259,12 @@ def _trainer(config: Config, shape: Shape) -> Iterator[Item]:
     yield Item("trainer", "masters in fp32", learning * 4, weights)
     yield Item("trainer", "Adam's moments", learning * 8, ("step",) if offload in ("optimizer", "all") else MOMENTS)
     yield Item("trainer", "gradients", learning * 4, ("backward", "step"))
-    if config.needs_reference and not rank:
-        yield Item("trainer", "reference", whole, ("reference",) if offload in ("reference", "all") else MOMENTS)
+    frozen = [one.parameters * _bytes(config) for one in teachers]
+    frozen += [whole] if "" in config.references and not rank else []
+    if offload in ("reference", "all"):  # one at a time
+        yield Item("trainer", "reference", max(frozen, default=0), ("reference",))
+    else:
+        yield Item("trainer", "reference" if len(frozen) < 2 else f"{len(frozen)} references", sum(frozen))
     if config.needs_reference:
         yield Item("trainer", "reference's activations", reading(config, shape), ("reference",))
     yield Item("trainer", "layers gathered to compute", gathered(config, shape), ("backward", "weights"))

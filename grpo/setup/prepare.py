@@ -8,7 +8,7 @@ import torch
 
 from trimtab.grpo import services
 from trimtab.grpo.config import Config
-from trimtab.grpo.cost.ledger import Plan, choose
+from trimtab.grpo.cost.ledger import Beside, Plan, choose
 from trimtab.grpo.cost.shape import shape_of
 from trimtab.grpo.mixture import chat_of, load_tasks
 from trimtab.grpo.policy.lora import check_targets
@@ -20,6 +20,7 @@ from trimtab.grpo.setup.resolve import resolve
 from trimtab.grpo.stages.cold_start import quickstart_policy
 from trimtab.rewards import sandbox
 from trimtab.rollout.checkpoint import read_config
+from trimtab.rollout.formats.template import vocabulary
 
 
 def complete(config: Config) -> tuple[Config, Plan]:
@@ -30,9 +31,12 @@ def complete(config: Config) -> tuple[Config, Plan]:
     """
     sandbox.accept_limits_only(config.sandbox == "limits")
     judge = replace(config.judge, checkpoint=_found(config.judge.checkpoint))
-    config = replace(config, model=_found(config.model), judge=judge)
-    for checkpoint in filter(None, (config.model, judge.checkpoint)):
+    domains = {name: replace(one, teacher=_found(one.teacher)) for name, one in config.domains.items()}
+    config = replace(config, model=_found(config.model), judge=judge, domains=domains)
+    for checkpoint in filter(None, (config.model, judge.checkpoint, *config.references)):
         check_checkpoint(Path(checkpoint))
+    for teacher in filter(None, config.references):
+        check_vocabulary(teacher, config.model)
     config = resolve(config, _model(config), gpu=torch.cuda.is_available())
     if config.lora.rank:
         check_targets(_model(config), config.lora.targets)
@@ -56,7 +60,33 @@ def plan_memory(config: Config) -> Plan:
     judges = services.is_needed(config) and not config.judge.model
     judge = shape_of(read_config(config.judge.checkpoint) if config.judge.checkpoint else _model(config))
     gpu_bytes = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else None
-    return choose(config, shape_of(_model(config)), gpu_bytes, judge=judge if judges else None)
+    teachers = tuple(shape_of(read_config(teacher)) for teacher in config.references if teacher)
+    beside = Beside(judge=judge if judges else None, teachers=teachers)
+    return choose(config, shape_of(_model(config)), gpu_bytes, beside=beside)
+
+
+def check_vocabulary(teacher: str, student: str) -> None:
+    """A teacher must speak of the same tokens.
+
+    Raises:
+        ValueError: it does not, or the student is still to be made.
+    """
+    if not student:
+        raise ValueError(f"a domain has the teacher {teacher}, so the run needs a model to start from: set model")
+    theirs, ours = vocabulary(teacher), vocabulary(student)
+    rows = [read_config(model).get("vocab_size") for model in (teacher, student)]
+    if theirs == ours and rows[0] == rows[1]:
+        return
+    if theirs == ours:
+        raise ValueError(
+            f"the teacher {teacher} has {rows[0]} ids and {student} has {rows[1]}: pad them to the same size"
+        )
+    different = min(theirs.items() ^ ours.items(), key=lambda one: (one[1], one[0]))
+    sizes = f"{len(theirs)} and {len(ours)} tokens" if len(theirs) != len(ours) else f"both of {len(ours)} tokens"
+    raise ValueError(
+        f"the teacher {teacher} has another vocabulary than {student} ({sizes}; they differ at id {different[1]}): a "
+        "KL between them means nothing; take a teacher of the same tokenizer, or distil its answers instead"
+    )
 
 
 def _found(model: str) -> str:

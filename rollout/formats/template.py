@@ -393,6 +393,18 @@ def load_format(path: str | Path, syntax: Syntax | str | None = None) -> Chat | 
         raise ValueError(f"{path}: {error}") from error
 
 
+def vocabulary(path: str | Path) -> dict[str, int]:
+    """The tokens of a checkpoint folder's tokenizer with their ids.
+
+    Raises:
+        ValueError: it has no tokenizer.
+    """
+    try:
+        return dict(AutoTokenizer.from_pretrained(path).get_vocab())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} holds no tokenizer: save it beside the weights ({error})") from error
+
+
 def _vocabulary(path: str | Path) -> int | None:
     if not (Path(path) / "config.json").is_file():
         return None
