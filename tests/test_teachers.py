@@ -1,4 +1,4 @@
-"""On-policy distillation: the KL of each domain to its own teacher, over the whole vocabulary, on the student's samples."""
+"""On-policy distillation: the KL of each domain to its own teacher, over all tokens, on what the student sampled."""
 
 from dataclasses import replace
 
@@ -89,7 +89,7 @@ def test_a_teacher_of_another_vocabulary_is_refused(tmp_path):
     save_tiny_deepseek(tmp_path / "twin", seed=1)
     check_vocabulary(str(tmp_path / "twin"), str(tmp_path / "student"))
     save_tiny_deepseek(tmp_path / "padded", vocab_size=512)
-    with pytest.raises(ValueError, match="has 512 ids and .* has 384: pad them"):
+    with pytest.raises(ValueError, match=r"has 512 ids and .* has 384: pad them"):
         check_vocabulary(str(tmp_path / "padded"), str(tmp_path / "student"))
     tiny_tokenizer(vocab_size=370).save_pretrained(tmp_path / "twin")
     with pytest.raises(ValueError, match=r"has another vocabulary than .* \(\d+ and 384 tokens; they differ at id \d+"):
