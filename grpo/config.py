@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -469,9 +469,21 @@ class Config:
         Raises:
             ValueError: the file is missing or holds something else.
         """
-        try:
-            return TypeAdapter(cls).validate_json(path.read_bytes())
-        except FileNotFoundError as error:
-            raise ValueError(f"{path.parent} is not a run: it has no {path.name}") from error
-        except ValidationError as error:
-            raise ValueError(f"{path} is not a configuration of this version: {error}") from error
+        return read_settings(cls, path)
+
+
+S = TypeVar("S")
+
+
+def read_settings(kind: type[S], path: Path) -> S:
+    """Settings of one kind that a folder's config.json holds.
+
+    Raises:
+        ValueError: the file is missing or holds something else.
+    """
+    try:
+        return TypeAdapter(kind).validate_json(path.read_bytes())
+    except FileNotFoundError as error:
+        raise ValueError(f"{path.parent} is not a run: it has no {path.name}") from error
+    except ValidationError as error:
+        raise ValueError(f"{path} is not a configuration of this version: {error}") from error

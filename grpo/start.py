@@ -4,10 +4,12 @@ import json
 from pathlib import Path
 from typing import Any, Protocol
 
-from trimtab.grpo.config import Config
-from trimtab.grpo.stages.config import Supervised
+from trimtab.grpo.config import Config, read_settings
+from trimtab.grpo.stages.config import Distillation, Supervised
 
-Settings = Config | Supervised
+Settings = Config | Supervised | Distillation
+KINDS: tuple[tuple[str, Any], ...] = (("group_size", Config), ("at_least", Distillation), ("form", Supervised))
+"""A setting that no other kind has, and the kind."""
 
 
 class Run(Protocol):
@@ -18,7 +20,7 @@ class Run(Protocol):
         ...
 
 
-def load_settings(folder: Path) -> Settings:
+def load_settings(folder: Path) -> Any:
     """The settings that a run's folder holds.
 
     Raises:
@@ -31,7 +33,10 @@ def load_settings(folder: Path) -> Settings:
         raise ValueError(f"{folder} is not a run: it has no {file.name}") from error
     except ValueError as error:
         raise ValueError(f"{file} is no JSON: {error}") from error
-    return Config.load(file) if isinstance(found, dict) and "domains" in found else Supervised.load(file)
+    kind = next((kind for name, kind in KINDS if isinstance(found, dict) and name in found), None)
+    if kind is None:
+        raise ValueError(f"{file} holds no settings of a run")
+    return read_settings(kind, file)
 
 
 def prepare(settings: Settings, folder: Path, *, resume: bool) -> Run:
@@ -45,6 +50,10 @@ def prepare(settings: Settings, folder: Path, *, resume: bool) -> Run:
         from trimtab.grpo import train
 
         return train.prepare(settings, folder, resume=resume)
+    if isinstance(settings, Distillation):
+        from trimtab.grpo.stages import distillation
+
+        return distillation.prepare(settings, folder, resume=resume)
     from trimtab.grpo.stages import supervised
 
     return supervised.prepare(settings, folder, resume=resume)

@@ -115,6 +115,8 @@ class Beside:
     """Of a judge's own engine, which stays awake."""
     teachers: tuple[Shape, ...] = ()
     """References other than the model that the run starts from."""
+    trains: bool = True
+    """False: the policy only samples."""
 
 
 ALONE = Beside()
@@ -147,7 +149,8 @@ def least(config: Config, shape: Shape, *, beside: Beside = ALONE) -> int:
 def count(config: Config, shape: Shape, cache: int, *, beside: Beside = ALONE) -> Ledger:
     """All bytes of a run whose engines have a cache of so many bytes each."""
     judge = _judge(config, beside.judge, cache) if beside.judge else ()
-    items = (*_trainer(config, shape, beside.teachers), *_engine(config, shape, cache), *judge)
+    trainer = _trainer(config, shape, beside.teachers) if beside.trains else ()
+    items = (*trainer, *_engine(config, shape, cache), *judge)
     return Ledger(tuple(item for item in items if item.size))
 
 

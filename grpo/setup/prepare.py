@@ -23,8 +23,11 @@ from trimtab.rollout.checkpoint import read_config
 from trimtab.rollout.formats.template import vocabulary
 
 
-def complete(config: Config) -> tuple[Config, Plan]:
+def complete(config: Config, *, trains: bool = True) -> tuple[Config, Plan]:
     """The configuration with every open setting filled in, and how its bytes share the GPU.
+
+    Args:
+        trains: false for a policy that only samples.
 
     Raises:
         ValueError: a checkpoint, format, task, judge or size that cannot be run; in one sentence, with the remedy.
@@ -46,12 +49,12 @@ def complete(config: Config) -> tuple[Config, Plan]:
     if judge.checkpoint:
         chat_of(config, judge.checkpoint)
     services.check(config)
-    plan = plan_memory(config)
+    plan = plan_memory(config, trains=trains)
     rollout = replace(config.rollout, sleep=plan.sleep, kv_cache_mib=plan.kv_cache_mib)
     return replace(config, rollout=rollout), plan
 
 
-def plan_memory(config: Config) -> Plan:
+def plan_memory(config: Config, *, trains: bool = True) -> Plan:
     """How trainer and engines share the GPU.
 
     Raises:
@@ -61,7 +64,7 @@ def plan_memory(config: Config) -> Plan:
     judge = shape_of(read_config(config.judge.checkpoint) if config.judge.checkpoint else _model(config))
     gpu_bytes = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else None
     teachers = tuple(shape_of(read_config(teacher)) for teacher in config.references if teacher)
-    beside = Beside(judge=judge if judges else None, teachers=teachers)
+    beside = Beside(judge=judge if judges else None, teachers=teachers, trains=trains)
     return choose(config, shape_of(_model(config)), gpu_bytes, beside=beside)
 
 

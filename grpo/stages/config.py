@@ -1,12 +1,12 @@
-"""What a supervised stage is, as one frozen dataclass. Imports no torch."""
+"""What stages other than RL are, as frozen dataclasses. Imports no torch."""
 
 import json
 import math
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass, field
 from typing import Literal
 
-from pydantic import TypeAdapter, ValidationError
+from trimtab.grpo.config import Domain, Judge, Rollout
+from trimtab.rollout.types import Sampling
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,16 +104,55 @@ class Supervised:
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
 
-    @classmethod
-    def load(cls, path: Path) -> "Supervised":
-        """Read settings that a run's folder holds.
 
-        Raises:
-            ValueError: the file is missing or holds something else.
-        """
-        try:
-            return TypeAdapter(cls).validate_json(path.read_bytes())
-        except FileNotFoundError as error:
-            raise ValueError(f"{path.parent} is not a run: it has no {path.name}") from error
-        except ValidationError as error:
-            raise ValueError(f"{path} is no configuration of a supervised stage of this version: {error}") from error
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Distillation:
+    """Answers of specialists become conversations to learn from: those that are right, short, and said once.
+
+    Every domain names the specialist that plays it as its teacher; one that is to be learnt with thinking and without
+    is two domains.
+    """
+
+    domains: dict[str, Domain]
+    out: str = ""
+    """Folder of what is sampled; empty: runs/RECIPE-DATE-TIME."""
+    prompts: int = 256
+    """Of each domain."""
+    samples: int = 4
+    """Answers to each prompt ..."""
+    keep: int = 1
+    """... and how many of them stay at most, the shortest first."""
+    at_least: float = 1.0
+    """What an answer must have earned of its domain's score part."""
+    max_tokens: int | None = None
+    """Sampled tokens of an answer that stays, at most; None: any number."""
+    language: str = ""
+    """ISO 639-1 code of the language that answers and reasoning must be in; empty: a task's own part `language` counts,
+    where it has one."""
+    min_language: float = 0.9
+    """Share of the words that must be in it."""
+    prompts_at_once: int = 32
+    """Of each domain, played together and written together: what a kill costs."""
+    rollout: Rollout = field(default_factory=Rollout)
+    sampling: Sampling = field(default_factory=Sampling)
+    judge: Judge = field(default_factory=Judge)
+    syntax: str = ""
+    """As in RL's settings (grpo/config.py: Config), as are those below."""
+    precision: Literal["bf16", "fp32"] | None = None
+    sandbox: Literal["isolated", "limits"] = "isolated"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.domains:
+            raise ValueError("domains is empty; name at least one")
+        for name in ("prompts", "keep", "prompts_at_once", "max_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.samples < 2:
+            raise ValueError(f"samples must be at least 2, got {self.samples}")
+        if not 0 <= self.min_language <= 1:
+            raise ValueError(f"min_language is a share of words in [0, 1], got {self.min_language}")
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"

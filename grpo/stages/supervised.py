@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from trimtab.grpo.config import read_settings
 from trimtab.grpo.cost.clock import Clock
 from trimtab.grpo.cost.flops import Work
 from trimtab.grpo.cost.meter import Meter
@@ -60,7 +61,7 @@ def prepare(config: Supervised, path: Path, *, resume: bool) -> "SupervisedRun":
     checkpoint: Path | None = None
     if resume:
         folder = RunFolder.open(path)
-        changed = changes(Supervised.load(folder.config), config)
+        changed = changes(read_settings(Supervised, folder.config), config)
         with folder.lock():
             checkpoint = folder.checkpoints.latest()
     elif path.exists():
