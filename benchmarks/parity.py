@@ -33,7 +33,7 @@ from trimtab.grpo.batch import Packed, Trajectory, pack
 from trimtab.grpo.config import Config, Domain, LossSettings
 from trimtab.grpo.estimators import mismatch_kl
 from trimtab.grpo.policy.policy import Policy, load_policy
-from trimtab.grpo.stages.cold_start import quickstart_policy
+from trimtab.grpo.stages.shapes import quickstart_policy
 from trimtab.grpo.trainer import Trainer
 from trimtab.kernels import reference
 from trimtab.rollout.attempt import recorded as recorded_segment

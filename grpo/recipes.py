@@ -1,10 +1,11 @@
 """Named runs. A recipe is a function without arguments that returns a Config, or a supervised stage's Supervised."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from trimtab.grpo.config import Config, Domain, Judge, LossSettings, Rollout, load
-from trimtab.grpo.stages.config import Supervised
+from trimtab.grpo.stages.config import Blank, Conversion, Demonstrations, Distillation, Indexer, Supervised
 from trimtab.rollout.types import Sampling
 
 
@@ -97,6 +98,73 @@ def sft() -> Supervised:
 
 RECIPES: dict[str, Callable[[], Config]] = {"quickstart": quickstart, "smollm2": smollm2}
 STAGES: dict[str, Callable[[], Supervised]] = {"pretrain": pretrain, "warm_up": warm_up, "sparse": sparse, "sft": sft}
+
+
+def stages_quickstart() -> Any:
+    """All stages in miniature, on two CPU cores: a dense model from nothing becomes sparse, specialists are trained
+    from it, their data makes one model, and one mixed RL stage finishes it."""
+    from trimtab.grpo.pipeline import Pipeline
+
+    rl = quickstart()
+    shown = Demonstrations(domains=rl.domains, conversations=6000, judge=1.0)
+    supervised = Supervised(
+        form="conversations",
+        data=("stage:demonstrations",),
+        precision="fp32",
+        optimizer="muon",
+        weight_decay=0.01,
+        prompt_weight=0.5,
+        tokens_per_step=1024,
+        lr=3e-3,
+        max_len=512,
+        held_out=128,
+    )
+    judged = replace(rl.judge, checkpoint="stage:sparse")
+    specialists = {
+        name: replace(rl, model="stage:sparse", judge=judged, domains={name: domain}, steps=10)
+        for name, domain in rl.domains.items()
+    }
+    taught = {name: replace(domain, teacher=f"stage:{name}") for name, domain in rl.domains.items()}
+    return Pipeline(
+        stages={
+            "demonstrations": shown,
+            "blank": Blank(
+                shape="trimtab.grpo.stages.shapes:quickstart_dense", data=("stage:demonstrations",), vocab_size=1024
+            ),
+            "pretrain": replace(supervised, model="stage:blank", random_weights=True, steps=600),
+            "convert": Conversion(
+                model="stage:pretrain", indexer=Indexer(index_topk=24, index_n_heads=4, index_head_dim=32)
+            ),
+            "warm_up": replace(
+                supervised, model="stage:convert", dense_attention=True, learns="indexer", steps=100, lr_end_share=1.0
+            ),
+            "sparse": replace(supervised, model="stage:warm_up", steps=200, lr=1e-3),
+            **specialists,
+            "distil": Distillation(
+                domains=taught,
+                prompts=96,
+                judge=judged,
+                rollout=rl.rollout,
+                sampling=rl.sampling,
+                precision="fp32",
+                max_tokens=96,
+            ),
+            "sft": replace(supervised, model="stage:sparse", data=("stage:distil",), steps=60, lr=3e-4, held_out=16),
+            "mixed": replace(rl, model="stage:sft", judge=judged, steps=12),
+        }
+    )
+
+
+PIPELINES: dict[str, Callable[[], Any]] = {"quickstart": stages_quickstart}
+
+
+def find_pipeline(name: str) -> Callable[[], Any]:
+    """A pipeline of this file by name, or of a user's file as path.py:function.
+
+    Raises:
+        ValueError: there is no such pipeline.
+    """
+    return PIPELINES[name] if name in PIPELINES else find_recipe(name)
 
 
 def find_recipe(name: str) -> Callable[[], Any]:

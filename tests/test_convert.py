@@ -12,7 +12,8 @@ from transformers import DeepseekV3ForCausalLM, DeepseekV32ForCausalLM
 
 from trimtab.grpo.commands.cli import main
 from trimtab.grpo.policy.policy import load_policy
-from trimtab.grpo.stages.convert import INDEXER_FILE, Indexer, convert
+from trimtab.grpo.stages.config import Indexer
+from trimtab.grpo.stages.convert import INDEXER_FILE, convert
 
 SMALL = Indexer(index_topk=16, index_n_heads=4, index_head_dim=16)
 WIDE = Indexer(index_topk=64, index_n_heads=4, index_head_dim=16)

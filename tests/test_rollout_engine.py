@@ -16,7 +16,8 @@ from tiny import save_tiny, save_tiny_deepseek, tiny_deepseek
 from trimtab.grpo import players
 from trimtab.grpo.config import Rollout
 from trimtab.grpo.recipes import quickstart
-from trimtab.grpo.stages.convert import Indexer, convert
+from trimtab.grpo.stages.config import Indexer
+from trimtab.grpo.stages.convert import convert
 from trimtab.grpo.sync import differing
 from trimtab.rollout.engine.engine import Engine, EngineConfig
 from trimtab.rollout.engine.weights import checksums

@@ -211,7 +211,7 @@ def test_a_plateau_is_a_window_that_is_not_one_percent_below_the_one_before():
 def test_a_stage_survives_its_file(name, tmp_path):
     settings = STAGES[name]()
     (tmp_path / "config.json").write_text(settings.to_json())
-    assert load_settings(tmp_path) == settings
+    assert load_settings(tmp_path / "config.json") == settings
 
 
 def train(*words: str, cwd: Path, timeout: float = 180) -> subprocess.CompletedProcess:

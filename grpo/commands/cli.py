@@ -12,17 +12,19 @@ import tyro
 
 from trimtab.grpo.config import Config
 from trimtab.grpo.curve import curve_for
-from trimtab.grpo.recipes import RECIPES, STAGES, find_recipe
+from trimtab.grpo.recipes import PIPELINES, RECIPES, STAGES, find_pipeline, find_recipe
 from trimtab.grpo.start import load_settings, prepare
 
 USAGE = f"""usage: trimtab COMMAND
 
   trimtab train RECIPE [--option value ...]   start a run; RECIPE is {", ".join(sorted(RECIPES))} or path.py:function,
-                                              or a supervised stage: {", ".join(STAGES)}
+                                              a supervised stage ({", ".join(STAGES)}), or settings.json
   trimtab train RECIPE --help                 every option with its default
   trimtab train runs/NAME --resume            continue a run
   trimtab train RECIPE --check                ... and say at its end whether it followed the recipe's expected curve
   trimtab check runs/NAME                     the same of a run that has finished, or is under way
+  trimtab pipeline RECIPE [--out FOLDER]      run stages one after another, or go on with them; RECIPE is
+                                              {", ".join(PIPELINES)} or path.py:function
   trimtab convert CHECKPOINT FOLDER [--option value ...]   a dense DeepSeek-V3 becomes DeepSeek-V3.2, with an indexer
   trimtab judge-eval FILE --model NAME [--base-url URL] [--option value ...]   a judge against labels; --help: options
   trimtab judge-eval --generate FILE          write labelled answers to try it with
@@ -53,6 +55,8 @@ def main(argv: list[str] | None = None) -> int:
                 return 130
         case ["check", folder] if not folder.startswith("-"):
             return _check(Path(folder))
+        case ["pipeline", target, *options] if not target.startswith("-"):
+            return _pipeline(target, options)
         case ["convert", source, out, *options] if not source.startswith("-") and not out.startswith("-"):
             return _convert(source, Path(out), options)
         case ["convert", "--help"]:
@@ -75,7 +79,10 @@ def _train(target: str, options: list[str]) -> int:
     resume, checked = "--resume" in options, "--check" in options
     options = [option for option in options if option not in ("--resume", "--check")]
     try:
-        default: Any = load_settings(Path(target)) if resume else find_recipe(target)()
+        if resume or target.endswith(".json"):
+            default: Any = load_settings(Path(target) / "config.json" if resume else Path(target))
+        else:
+            default = find_recipe(target)()
         kind: Any = type(default)
         if checked and kind is not Config:
             raise ValueError(f"--check compares rewards with a recipe's expected curve, and {target} has no rewards")
@@ -108,6 +115,28 @@ def _train(target: str, options: list[str]) -> int:
     return _check(folder) if checked and code == 0 else code
 
 
+def _pipeline(target: str, options: list[str]) -> int:
+    from rich.console import Console
+
+    from trimtab.grpo.pipeline import Pipeline, run
+
+    try:
+        made = find_pipeline(target)()
+        if not isinstance(made, Pipeline):
+            raise ValueError(f"{target} is no pipeline, but {type(made).__name__}: trimtab train runs it")
+        match options:
+            case []:
+                folder = Path(made.out or Path("runs") / _name(target))
+            case ["--out", out]:
+                folder = Path(out)
+            case _:
+                raise ValueError(f"a pipeline takes --out FOLDER and nothing else, got {' '.join(options)!r}")
+        return run(made, folder, Console())
+    except (ValueError, OSError) as error:
+        print(theirs(error), end="", file=sys.stderr)
+        return _fail(str(error))
+
+
 def theirs(error: BaseException) -> str:
     """The traceback of what failed in code that is the user's, from its first line there; empty: it was not theirs."""
     while error.__cause__ is not None:
@@ -138,7 +167,7 @@ def _check(folder: Path) -> int:
 
 def _convert(source: str, out: Path, options: list[str]) -> int:
     from trimtab.grpo.commands.convert import run
-    from trimtab.grpo.stages.convert import Indexer
+    from trimtab.grpo.stages.config import Indexer
 
     try:
         return run(source, out, tyro.cli(Indexer, args=options, prog="trimtab convert CHECKPOINT FOLDER"))

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from trimtab.grpo.setup.models import locate
-from trimtab.grpo.stages.convert import INDEXER_FILE, Indexer, convert
+from trimtab.grpo.stages.config import Indexer
+from trimtab.grpo.stages.convert import INDEXER_FILE, convert
 
 
 def run(source: str, out: Path, indexer: Indexer) -> int:
@@ -13,7 +14,7 @@ def run(source: str, out: Path, indexer: Indexer) -> int:
         ValueError: what stages.convert refuses.
     """
     done = convert(locate(source), out, indexer)
-    print(f"{done.name} -> DeepseekV32ForCausalLM in {out}")
+    print(f"{done.summary} in {out}")
     print(f"  copied  {done.parameters:,} parameters, {(done.bytes - done.added_bytes) / 1e6:,.1f} MB, as they are")
     share = done.added / done.parameters
     print(f"  added   {done.added:,} parameters ({share:.1%}), {done.added_bytes / 1e6:,.1f} MB, in {INDEXER_FILE}:")

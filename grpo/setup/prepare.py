@@ -17,7 +17,7 @@ from trimtab.grpo.setup.grading import check_grading
 from trimtab.grpo.setup.models import locate
 from trimtab.grpo.setup.rehearsal import STAND_INS, rehearse
 from trimtab.grpo.setup.resolve import resolve
-from trimtab.grpo.stages.cold_start import quickstart_policy
+from trimtab.grpo.stages.shapes import quickstart_policy
 from trimtab.rewards import sandbox
 from trimtab.rollout.checkpoint import read_config
 from trimtab.rollout.formats.template import vocabulary

@@ -5,27 +5,27 @@ import json
 import random
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from rich.console import Console
-from transformers import DeepseekV32Config, DeepseekV32ForCausalLM
+from transformers import DeepseekV32ForCausalLM
 
-import trimtab.environments.tasks.alignment as alignment
 from trimtab.environments.base import Message
 from trimtab.grpo.config import ColdStart, Config
 from trimtab.grpo.policy.policy import Policy
 from trimtab.grpo.runs.lock import locked
+from trimtab.grpo.stages.beginning import Demonstrate, sources, texts_of
 from trimtab.grpo.stages.config import Supervised
 from trimtab.grpo.stages.data import Tokens
+from trimtab.grpo.stages.shapes import quickstart_policy
 from trimtab.grpo.stages.supervised import SupervisedTrainer
 from trimtab.grpo.stages.tokenizer import train_tokenizer
 from trimtab.rollout.formats.chat import Chat, render
-from trimtab.rollout.formats.dsml import BOS, EOS, MARKUP, SPECIAL_TOKENS, format_calls, tools_block
+from trimtab.rollout.formats.dsml import BOS, EOS, MARKUP, SPECIAL_TOKENS
 
-Demonstrate = Callable[[random.Random], tuple[Message, ...]]
 TOKENIZER_EXAMPLES = 3000
 WEIGHT_DECAY = 0.01
 
@@ -42,40 +42,6 @@ class Stage:
 DENSE = Stage("dense", dense=True, learns_indexer=False)
 WARM_UP = Stage("indexer warm-up", dense=True, learns_indexer=True)
 SPARSE = Stage("sparse", dense=False, learns_indexer=True)
-
-
-def quickstart_policy(vocab_size: int, bos_id: int, eos_id: int) -> DeepseekV32Config:
-    """DeepSeek-V3.2 in small: MLA, DSA that is sparse beyond 24 keys, grouped experts; about 2 M parameters."""
-    return DeepseekV32Config(
-        vocab_size=vocab_size,
-        hidden_size=128,
-        intermediate_size=384,
-        moe_intermediate_size=64,
-        num_hidden_layers=3,
-        first_k_dense_replace=1,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        q_lora_rank=96,
-        kv_lora_rank=64,
-        qk_nope_head_dim=32,
-        qk_rope_head_dim=16,
-        v_head_dim=32,
-        index_n_heads=4,
-        index_head_dim=32,
-        index_topk=24,
-        n_routed_experts=32,
-        n_shared_experts=1,
-        num_experts_per_tok=4,
-        n_group=4,
-        topk_group=2,
-        routed_scaling_factor=1.0,
-        max_position_embeddings=2048,
-        initializer_range=0.05,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-        bos_token_id=bos_id,
-        eos_token_id=eos_id,
-        tie_word_embeddings=False,
-    )
 
 
 def cold_start(config: Config, console: Console) -> Path:
@@ -106,9 +72,9 @@ def train(config: Config, out: Path, console: Console) -> None:
     goes on learning in the warm-up: it is too short to be spent on the indexer alone.
     """
     settings = config.cold_start
-    sources = demonstrations(config)
+    found = sources(config.domains, settings.judge_demonstrations)
     tokenizer = train_tokenizer(
-        _texts(sources, settings),
+        texts_of(_shown(found, settings)),
         vocab_size=settings.vocab_size,
         special=SPECIAL_TOKENS,
         markup=MARKUP,
@@ -123,46 +89,30 @@ def train(config: Config, out: Path, console: Console) -> None:
     console.print(
         f"cold start: {parameters / 1e6:.1f} M parameters, vocabulary {len(tokenizer)}, {settings.steps} steps"
     )
-    _optimise(policy, _batches(sources, settings, chat), settings, console)
+    _optimise(policy, _batches(found, settings, chat), settings, console)
     policy.save(out)
     tokenizer.save_pretrained(out)
 
 
-def demonstrations(config: Config) -> dict[str, tuple[Demonstrate, bool, float]]:
-    """By name: what makes one conversation, whether it thinks, and its share of the examples."""
-
-    async def nobody(prompt: str) -> str:
-        raise AssertionError("demonstrations are not judged")
-
-    found: dict[str, tuple[Demonstrate, bool, float]] = {
-        name: (domain.load_task(judge=nobody).demonstrate, domain.thinking, domain.demonstrations)
-        for name, domain in config.domains.items()
-    }
-    return found | {"judge": (alignment.judge_demonstration, True, config.cold_start.judge_demonstrations)}
-
-
-def _texts(sources: Mapping[str, tuple[Demonstrate, bool, float]], settings: ColdStart) -> Iterator[str]:
+def _shown(found: Mapping[str, tuple[Demonstrate, bool, float]], settings: ColdStart) -> Iterator[tuple[Message, ...]]:
+    """What the tokenizer is learnt from."""
     rng = random.Random(f"tokenizer{settings.seed}")
-    for _ in range(TOKENIZER_EXAMPLES // len(sources)):
-        for demonstrate, _, _ in sources.values():
-            for message in demonstrate(rng):
-                yield message.content
-                yield message.reasoning
-                yield format_calls(message.tool_calls)
-                yield tools_block(message.tools) if message.tools else ""
+    for _ in range(TOKENIZER_EXAMPLES // len(found)):
+        for demonstrate, _, _ in found.values():
+            yield demonstrate(rng)
 
 
 def _batches(
-    sources: Mapping[str, tuple[Demonstrate, bool, float]], settings: ColdStart, chat: Chat
+    found: Mapping[str, tuple[Demonstrate, bool, float]], settings: ColdStart, chat: Chat
 ) -> Iterator[list[Tokens]]:
     """Endless batches of about tokens_per_step tokens."""
     rng = random.Random(f"cold start{settings.seed}")
-    names = list(sources)
-    shares = [sources[name][2] for name in names]
+    names = list(found)
+    shares = [found[name][2] for name in names]
     while True:
         batch: list[Tokens] = []
         while sum(len(one.ids_N) for one in batch) < settings.tokens_per_step:
-            demonstrate, thinking, _ = sources[rng.choices(names, shares)[0]]
+            demonstrate, thinking, _ = found[rng.choices(names, shares)[0]]
             batch += [Tokens(*sequence) for sequence in render(chat, demonstrate(rng), thinking=thinking)]
         yield batch
 
@@ -213,7 +163,8 @@ def _fingerprint(config: Config) -> str:
     own = sorted(
         {Path(file) for domain in config.domains.values() if (file := domain.task.rpartition(":")[0]).endswith(".py")}
     )
-    sources = [Path(__file__), *sorted((package / "environments").rglob("*.py")), *formats, *own]
+    stages = [Path(__file__).parent / f"{name}.py" for name in ("cold_start", "beginning", "shapes", "supervised")]
+    sources = [*stages, *sorted((package / "environments").rglob("*.py")), *formats, *own]
     tasks = {name: (domain.task, domain.thinking, domain.demonstrations) for name, domain in config.domains.items()}
     settings = json.dumps([asdict(config.cold_start), tasks], sort_keys=True).encode()
     return hashlib.sha256(settings + b"".join(path.read_bytes() for path in sources)).hexdigest()[:10]

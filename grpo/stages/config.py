@@ -156,3 +156,74 @@ class Distillation:
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Indexer:
+    """The lightning indexer that every layer gets [DeepSeek-V3.2-Exp, eq. 1]; defaults are the released model's."""
+
+    index_topk: int = 2048
+    """Keys that a query attends to at most."""
+    index_n_heads: int = 64
+    """Heads of the indexer ..."""
+    index_head_dim: int = 128
+    """... and the width of each: a power of two that holds the rotary dimensions."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.index_topk < 1 or self.index_n_heads < 1:
+            heads = f"{self.index_topk} and {self.index_n_heads}"
+            raise ValueError(f"index_topk and index_n_heads must be at least 1, got {heads}")
+        if self.index_head_dim < 16 or self.index_head_dim & (self.index_head_dim - 1):
+            raise ValueError(f"index_head_dim must be a power of two of at least 16, got {self.index_head_dim}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Conversion:
+    """A dense checkpoint with latent attention becomes a sparse one (stages/convert.py)."""
+
+    model: str
+    out: str = ""
+    indexer: Indexer = field(default_factory=Indexer)
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Demonstrations:
+    """Conversations that tasks themselves show, for a policy that starts from nothing."""
+
+    domains: dict[str, Domain]
+    """Each has as many conversations as its `demonstrations` weigh."""
+    conversations: int
+    out: str = ""
+    judge: float = 0.0
+    """Weight of demonstrations of judging."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.conversations < 1 or not self.domains:
+            raise ValueError(f"demonstrations need domains and a number of conversations, got {self.conversations}")
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Blank:
+    """A model without weights: a tokenizer in DeepSeek-V3.2's format, learnt from conversations, and a shape."""
+
+    shape: str
+    """Import path of a function (vocab_size, bos_id, eos_id) -> transformers' configuration."""
+    data: tuple[str, ...]
+    """Files of conversations, as Supervised.data."""
+    out: str = ""
+    vocab_size: int = 1024
+
+    def __post_init__(self) -> None:
+        if self.vocab_size < 512:
+            raise ValueError(f"vocab_size must be at least 512 (256 bytes, markup and words), got {self.vocab_size}")
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"

@@ -24,6 +24,7 @@ from transformers import DeepseekV32Config, DeepseekV32ForCausalLM
 
 from trimtab.grpo.policy.checkpoint import INDEX, WHOLE, Shapes, check_checkpoint, shapes_in
 from trimtab.grpo.policy.families import architecture
+from trimtab.grpo.stages.config import Indexer
 
 INDEXER_FILE = "model-indexer.safetensors"
 FROM = ("DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM")
@@ -40,26 +41,6 @@ DROPPED = (
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Indexer:
-    """The lightning indexer that every layer gets [DeepSeek-V3.2-Exp, eq. 1]; defaults are the released model's."""
-
-    index_topk: int = 2048
-    """Keys that a query attends to at most."""
-    index_n_heads: int = 64
-    """Heads of the indexer ..."""
-    index_head_dim: int = 128
-    """... and the width of each: a power of two that holds the rotary dimensions."""
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.index_topk < 1 or self.index_n_heads < 1:
-            heads = f"{self.index_topk} and {self.index_n_heads}"
-            raise ValueError(f"index_topk and index_n_heads must be at least 1, got {heads}")
-        if self.index_head_dim < 16 or self.index_head_dim & (self.index_head_dim - 1):
-            raise ValueError(f"index_head_dim must be a power of two of at least 16, got {self.index_head_dim}")
-
-
 @dataclass(frozen=True, slots=True)
 class Converted:
     """What a conversion did: sizes in parameters and in bytes, and what was left behind, in words."""
@@ -70,6 +51,10 @@ class Converted:
     bytes: int
     added_bytes: int
     left_out: tuple[str, ...]
+
+    @property
+    def summary(self) -> str:
+        return f"{self.name} -> DeepseekV32ForCausalLM"
 
 
 def convert(source: Path, out: Path, indexer: Indexer) -> Converted:
