@@ -1,6 +1,6 @@
 """Recall over long contexts: values by key, values over two keys, and words to say again, at distances that are known.
 
-Words are invented, of two syllables each, so that a small tokenizer has one token for each and no answer can be guessed.
+Words are invented, of two syllables each: a small tokenizer has one token for each, and no answer can be guessed.
 """
 
 import random
