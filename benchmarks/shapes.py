@@ -101,6 +101,10 @@ SHAPES |= {
         },
     ),
 }
+for sparse, dense in (("dsa-1.6b", "mla-1.6b"), ("tiny-dsa", "tiny-mla")):
+    kept = {key: value for key, value in SHAPES[sparse][1].items() if not key.startswith("index_")}
+    SHAPES[dense] = ("DeepseekV3", {**kept, "max_position_embeddings": 8 * kept["max_position_embeddings"]})
+SHAPES["tiny-mla"][1]["qk_nope_head_dim"] = 24  # heads of 32, as vLLM has them on a CPU
 """By name: the family, and the configuration. The tiny ones prove on a CPU that a benchmark runs."""
 
 
