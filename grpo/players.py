@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import numpy as np
+
 from trimtab.grpo import services, sync
 from trimtab.grpo.config import Config, Rollout, resolved
 from trimtab.grpo.cost.clock import Clock
@@ -16,6 +18,8 @@ from trimtab.rollout.engine.pool import Limits, Pool, gpu_share
 from trimtab.rollout.engine.weights import checksums
 from trimtab.rollout.types import Request
 
+SELECTION_TIMES_TOPK = 2
+"""Tokens of the sequence that selections are compared on, at most, in multiples of index_topk."""
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 
 
@@ -35,6 +39,8 @@ class Players:
         self._checkpoint = read_config(config.model)
         self._version = 0
         self._probe: Request | None = None
+        self._longest = np.empty(0, np.int32)
+        """The longest sequence of the batch before: what selections are compared on."""
         self.tasks = load_tasks(config, **(judge.services if judge else {}))
 
     @classmethod
@@ -82,6 +88,8 @@ class Players:
         if played.groups:
             segment = played.groups[0].episodes[0].segments[0]
             self._probe = sync.probe_of(segment, self._config.sampling)
+            segments = (segment for group in played.groups for one in group.episodes for segment in one.segments)
+            self._longest = max((segment.token_ids for segment in segments), key=len)
         return played
 
     def rest(self) -> None:
@@ -113,7 +121,15 @@ class Players:
                 score=trainer.score,
                 checksums=lambda: checksums(trainer.stream()),
             )
-        return {"probe_difference": difference}
+            return {"probe_difference": difference} | self._selection(trainer)
+
+    def _selection(self, trainer: Trainer) -> dict[str, float]:
+        """How far engines and policy select the same keys; nothing where none of the sequences is long enough."""
+        topk = self._checkpoint.get("index_topk") or 0
+        ids = tuple(self._longest[: SELECTION_TIMES_TOPK * topk].tolist())
+        if not trainer.policy.sparse or len(ids) <= topk:
+            return {}
+        return sync.selection_agreement(self.pool.selection(ids), trainer.select(ids))
 
 
 def limits(rollout: Rollout) -> Limits:

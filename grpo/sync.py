@@ -2,11 +2,14 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from statistics import fmean
 from typing import Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from trimtab.grpo.policy.selection import Chosen, agreement
 from trimtab.rollout.attempt import recorded
 from trimtab.rollout.types import Completion, RecordingError, Request, Sampling, Segment
 
@@ -72,6 +75,23 @@ def check(
             )
         largest = max(largest, difference)
     return largest
+
+
+def selection_agreement(engines: Sequence[np.ndarray], chosen: Chosen) -> dict[str, float]:
+    """The share of the policy's selected keys that the engines select too, and of its attention that falls on them:
+    means over layers, of the engine that agrees least.
+
+    Args:
+        engines: what Engine.selection gives, of each.
+    """
+    length = chosen.selected[0].shape[-1]
+    found = []
+    for packed in engines:
+        theirs = torch.from_numpy(np.unpackbits(packed, axis=-1, count=length).astype(bool))
+        ids, mass = agreement(chosen, list(theirs))
+        found.append((fmean(ids), fmean(mass)))
+    ids_share, mass_share = min(found)
+    return {"selection/ids": ids_share, "selection/mass": mass_share}
 
 
 def _difference(probe: Request, completion: Completion, score: Callable[[Segment], Tensor]) -> float:

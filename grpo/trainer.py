@@ -19,6 +19,7 @@ from trimtab.grpo.policy.learner import Learner, Optimisation
 from trimtab.grpo.policy.lora import without_adapters
 from trimtab.grpo.policy.offload import Shelf
 from trimtab.grpo.policy.policy import Policy
+from trimtab.grpo.policy.selection import Chosen, noting_selection
 from trimtab.grpo.policy.shard import compute_dtype, round_frozen, without_gradient
 from trimtab.grpo.record import Record
 from trimtab.grpo.schedule import lr_factor
@@ -290,6 +291,14 @@ class Trainer(Learner):
         (packed,) = pack([lone], len(segment.token_ids))
         with self.awake(), without_gradient(self.policy):
             return self._read(self.policy, packed.to(self.device), routed=True, masked=True).logp_S.cpu()
+
+    def select(self, token_ids: Sequence[int]) -> Chosen:
+        """What the policy as it is now selects for a sequence of more than index_topk tokens."""
+        ids_N = torch.tensor(token_ids, device=self.device)
+        cu_seqlens = torch.tensor([0, len(ids_N)], device=self.device)
+        with self.awake(), without_gradient(self.policy), noting_selection(self.policy) as chosen:
+            self.policy(ids_N, cu_seqlens, lengths=[len(ids_N)])
+        return chosen
 
     def save(self, path: Path) -> None:
         super().save(path)

@@ -15,10 +15,12 @@ from tiny import save_tiny, save_tiny_deepseek, tiny_deepseek
 
 from trimtab.grpo import players
 from trimtab.grpo.config import Rollout
+from trimtab.grpo.policy.policy import load_policy
+from trimtab.grpo.policy.selection import noting_selection
 from trimtab.grpo.recipes import quickstart
 from trimtab.grpo.stages.config import Indexer
 from trimtab.grpo.stages.convert import convert
-from trimtab.grpo.sync import differing
+from trimtab.grpo.sync import differing, selection_agreement
 from trimtab.rollout.engine.engine import Engine, EngineConfig
 from trimtab.rollout.engine.weights import checksums
 from trimtab.rollout.types import Completion, Request, Sampling
@@ -328,5 +330,34 @@ def test_a_converted_checkpoint_samples_as_its_dense_source(tmp_path):
         requests = [Request(name="c", prompt_ids=prompt(n), sampling=SAMPLING, n=2, seed=n) for n in (5, 100)]
         for request, completions in zip(requests, run(engine, requests), strict=True):
             assert all(worst_difference(dense, request.prompt_ids, one) < 1e-5 for one in completions)
+    finally:
+        engine.close()
+
+
+def test_the_engine_selects_what_the_policy_selects(checkpoint):
+    """In chunks of 64 tokens, with requests before and behind that share the beginning; then with other weights."""
+    ids = prompt(150, 11)
+    engine = Engine(config(checkpoint))
+    try:
+        run(engine, [Request(name="before", prompt_ids=ids[:100], sampling=SAMPLING)])
+        policy = load_policy(checkpoint)
+        for version in (0, 1):
+            if version:
+                with torch.no_grad():
+                    for weight in policy.indexer_parameters():
+                        weight.add_(0.05 * torch.randn_like(weight))
+                engine.load_weights(policy.weights(), version)
+            with torch.no_grad(), noting_selection(policy) as chosen:
+                policy(torch.tensor(ids), torch.tensor([0, len(ids)]))
+            packed = engine.selection(ids)
+            assert packed.shape == (3, len(ids) - 16, -(-len(ids) // 8))
+            found = selection_agreement([packed], chosen)
+            assert found["selection/ids"] > 0.999 and found["selection/mass"] > 0.999
+            packed[0] = 0
+            assert selection_agreement([packed, packed], chosen)["selection/ids"] == pytest.approx(2 / 3, abs=1e-3)
+        with pytest.raises(ValueError, match="16 tokens and index_topk = 16: nothing is selected"):
+            engine.selection(ids[:16])
+        (one,) = run(engine, [Request(name="behind", prompt_ids=ids, sampling=SAMPLING)])[0]
+        assert one.weight_version == 1
     finally:
         engine.close()

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import ray
 import torch
 
@@ -83,6 +84,13 @@ class EngineServer:
 
     async def checksums(self) -> dict[str, float]:
         return self._engine.checksums()
+
+    async def selection(self, token_ids: tuple[int, ...]) -> np.ndarray:
+        await self._close()
+        with self._open_after_errors():
+            found = self._engine.selection(token_ids)
+        self._open.set()
+        return found
 
     async def sleep(self) -> None:
         await self._close()

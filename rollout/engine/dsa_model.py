@@ -36,6 +36,8 @@ from trimtab.kernels.reference import index_scores, select, selected_ids, sparse
 from trimtab.rollout.engine.dsa_modules import Experts, Mlp, Moe, Norm, Weight, masked_mqa, rotate_halves, rotate_pairs
 from trimtab.rollout.engine.dsa_paged import DecodeStep, PagedStep, plan_step
 
+SELECTED_AT_ONCE = 256
+"""Queries whose selection is looked at together."""
 GATHER_FROM = 12
 """Contexts above this multiple of index_topk gather the selected rows; shorter ones are read whole, with a mask,
 which took a third of the time at 4 times index_topk."""
@@ -202,6 +204,8 @@ class DsaAttention(nn.Module, AttentionLayerBase):
         self.o_proj = Weight(torch.empty(c.hidden_size, self.H * self.V))
         self.q_a_layernorm, self.kv_a_layernorm = Norm(c.q_lora_rank, 1e-6), Norm(self.C, 1e-6)
         self.kv_cache = torch.empty(0)
+        self.watched: list[tuple[Tensor, Tensor, Tensor]] | None = None
+        """While somebody looks (selected): index queries, head weights and keys of the tokens of each step."""
         layers = vllm_config.compilation_config.static_forward_context
         assert prefix not in layers, prefix
         layers[prefix] = self
@@ -280,6 +284,10 @@ class DsaAttention(nn.Module, AttentionLayerBase):
 
     def _attend(self, q_NHW: Tensor, index_q: Tensor, weight: Tensor, metadata: DsaMetadata) -> Tensor:
         """Attend to what is cached: [N, H, C]."""
+        if self.watched is not None:
+            N = len(metadata.slot_N)
+            keys_ND = self.kv_cache.flatten(0, 1)[metadata.slot_N.long()][:, -self.D :]
+            self.watched.append((index_q[:N].clone(), weight[:N].clone(), keys_ND))
         if step := metadata.step:
             assert len(step.slot_N) == len(q_NHW), (len(step.slot_N), len(q_NHW))
             cache = self.kv_cache.flatten(0, 1)
@@ -293,6 +301,18 @@ class DsaAttention(nn.Module, AttentionLayerBase):
             else:
                 out_NHC[token.flatten()[bucket.real]] = out[bucket.real]
         return out_NHC
+
+    def selected(self, length: int) -> Tensor:
+        """What the queries of a sequence selected whose tokens were the last that this layer saw, from position topk
+        on: bool [length - topk, length]. Ends the watch."""
+        assert self.watched is not None
+        q_NHD, w_NH, k_ND = (torch.cat(parts)[:length] for parts in zip(*self.watched, strict=True))
+        self.watched = None
+        position_N = torch.arange(length, device=k_ND.device)
+        queries = position_N[self.topk :].split(SELECTED_AT_ONCE)
+        return torch.cat(
+            [select(index_scores(q_NHD[i], k_ND, w_NH[i], position_N <= i[:, None]), self.topk) for i in queries]
+        )
 
     def _attend_bucket(self, q_BTHW: Tensor, index_q: Tensor, weight: Tensor, bucket: Bucket) -> Tensor:
         B = len(bucket.block_BN)

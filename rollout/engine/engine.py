@@ -7,13 +7,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from trimtab.rollout.checkpoint import moe_layers, read_config, stop_ids
 from trimtab.rollout.engine.architectures import CPU_ENVIRONMENT, DSA, SUPPORTED, options
 from trimtab.rollout.engine.sequences import Running, SequenceRecord
 from trimtab.rollout.engine.weights import Array, Handle, Layout, Named, to_tensors
-from trimtab.rollout.types import Completion, Request
+from trimtab.rollout.types import Completion, Request, Sampling
 
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -107,7 +108,8 @@ class Engine:
         self._moe_layers = moe_layers(policy)
         self._experts_per_token = policy.get("num_experts_per_tok", 0)
         self._running: dict[str, tuple[Running, SequenceRecord]] = {}
-        self._count = 0
+        self._count = self._looks = 0
+        self._topk = policy.get("index_topk")
         self._llm = LLM(
             model=config.model,
             skip_tokenizer_init=True,
@@ -140,8 +142,11 @@ class Engine:
         """Whether a request is unfinished."""
         return bool(self._running)
 
-    def add(self, request: Request) -> str:
+    def add(self, request: Request, *, salt: str | None = None) -> str:
         """Queue a request and return the key under which step will return its completions.
+
+        Args:
+            salt: prefixes are shared with requests of the same salt; None: with all under the same weights.
 
         Raises:
             ValueError: its prompt leaves no room for a token, or its routes_start is wrong.
@@ -169,7 +174,7 @@ class Engine:
                     pooling_params=None,
                     arrival_time=time.time(),
                     lora_request=None,
-                    cache_salt=str(self.version),  # what other weights cached is never found
+                    cache_salt=salt or str(self.version),  # what other weights cached is never found
                     data_parallel_rank=None,
                 )
             )
@@ -263,6 +268,31 @@ class Engine:
     def checksums(self) -> dict[str, float]:
         """The sum of the weights of each tensor group (weights.checksums), as they lie in this engine."""
         return self._llm.collective_rpc("checksums")[0]
+
+    def selection(self, token_ids: tuple[int, ...]) -> np.ndarray:
+        """The keys that the indexers select for a sequence, for queries from position index_topk on.
+
+        Returns:
+            Bits of booleans [layers, N - index_topk, N], packed along the keys (np.packbits).
+
+        Raises:
+            ValueError: a model without indexers, requests that are unfinished, a sequence no longer than index_topk.
+        """
+        if not self._topk or len(token_ids) <= self._topk:
+            raise ValueError(f"{len(token_ids)} tokens and index_topk = {self._topk}: nothing is selected")
+        if self.busy:
+            raise ValueError(f"{len(self._running)} sequences are unfinished; look at the selection between requests")
+        self._drain()
+        self._llm.collective_rpc("watch_selection")
+        self._looks += 1
+        self.add(
+            Request(name="selection", prompt_ids=token_ids, sampling=Sampling(max_tokens=1)),
+            salt=f"{self.version} selection {self._looks}",  # computed as a whole
+        )
+        while self.busy:
+            self.step()
+        self._drain()
+        return self._llm.collective_rpc("selection", args=(len(token_ids),))[0]
 
     def sleep(self) -> None:
         """Give the GPU memory back: weights wait in host memory, the cache is dropped.

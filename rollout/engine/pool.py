@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import ray
 import torch
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
@@ -267,6 +268,10 @@ class Pool:
     def checksums(self) -> list[dict[str, float]]:
         """For each engine, the sum of its weights by tensor group; weights.checksums gives those of the trainer."""
         return self._ask("checksums")
+
+    def selection(self, token_ids: tuple[int, ...]) -> list[np.ndarray]:
+        """What the indexers of each engine select for a sequence (Engine.selection)."""
+        return self._ask("selection", token_ids)
 
     def sleep(self) -> None:
         """Give the engines' GPU memory back once they are idle; requests that come wait.

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
+
 from trimtab.rollout.engine.weights import checksums
 
 START = {
@@ -27,6 +29,14 @@ def reporting(worker: Any) -> Any:
             parts = vars(self)["_seconds"]
             graphs = parts.get("graphs", 0.0)  # captured during the warm-up
             return parts | {"warm-up": parts["warm-up"] - graphs}
+
+        def watch_selection(self) -> None:
+            for layer in self.model_runner.get_model().model.layers:
+                layer.self_attn.watched = []
+
+        def selection(self, length: int) -> np.ndarray:
+            layers = self.model_runner.get_model().model.layers
+            return np.stack([np.packbits(layer.self_attn.selected(length).cpu().numpy(), axis=-1) for layer in layers])
 
         def checksums(self) -> dict[str, float]:
             seen: set[int] = set()
