@@ -73,6 +73,7 @@ LARGE = Size(
 def large_dense(vocab_size: int, bos_id: int, eos_id: int) -> DeepseekV3Config:
     """About 45 M parameters: eight layers of the quickstart's kind, wider."""
     small = quickstart_dense(vocab_size, bos_id, eos_id).to_dict()
+    small = {key: value for key, value in small.items() if not key.endswith("layer_types")}  # one entry a layer
     wider = {
         "hidden_size": 512,
         "intermediate_size": 1536,
