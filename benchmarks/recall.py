@@ -51,7 +51,7 @@ class Size:
 
 
 SMALL = Size(
-    facts=(16, 96),
+    facts=(2, 96),
     conversations=4000,
     shape="trimtab.grpo.stages.shapes:quickstart_dense",
     indexer=Indexer(index_topk=16, index_n_heads=4, index_head_dim=32),
@@ -60,7 +60,7 @@ SMALL = Size(
     rates=(3e-3, 3e-3, 1e-3),
 )
 LARGE = Size(
-    facts=(64, 300),
+    facts=(2, 300),
     conversations=60000,
     shape=f"{Path(__file__)}:large_dense",
     indexer=Indexer(index_topk=32, index_n_heads=8, index_head_dim=64),
@@ -96,7 +96,6 @@ def stages(size: Size, data: Path, seed: int) -> Pipeline:
         form="conversations",
         data=(str(data),),
         thinking=False,
-        prompt_weight=0.1,
         optimizer="muon",
         weight_decay=0.01,
         held_out=64,

@@ -1,6 +1,7 @@
 """Recall over long contexts: values by key, values over two keys, and words to say again, at distances that are known.
 
-Words are invented, of two syllables each: a small tokenizer has one token for each, and no answer can be guessed.
+Words are invented, of two syllables each, and always behind a space: a small tokenizer has one token for each, and no
+answer can be guessed.
 """
 
 import random
@@ -39,7 +40,7 @@ class World:
 
     @property
     def opening(self) -> str:
-        return f"{'; '.join(f'{key} {value}' for key, value in self.facts)}. {self.asked[0].text}"
+        return f"facts: {'; '.join(f'{key} {value}' for key, value in self.facts)}. {self.asked[0].text}"
 
 
 class RecallEnv:
@@ -56,9 +57,9 @@ class RecallEnv:
 
 
 class RecallTask:
-    """Worlds of between `least` and `most` facts. Whether one is held out depends on its first fact."""
+    """Worlds of between `least` and `most` facts; short ones are where learning starts. Whether one is held out depends on its first fact."""
 
-    def __init__(self, least: int = 16, most: int = 96, questions: int = 12) -> None:
+    def __init__(self, least: int = 2, most: int = 96, questions: int = 12) -> None:
         """questions: of one demonstration, which is a conversation; an environment asks one."""
         self._least, self._most, self._questions = least, most, questions
 
@@ -71,7 +72,7 @@ class RecallTask:
     def world(self, rng: random.Random, *, held_out: bool, questions: int) -> World:
         """A world with so many questions."""
         while True:
-            facts = _facts(rng, rng.randint(self._least, self._most))
+            facts = _facts(rng, round(self._least * (self._most / self._least) ** rng.random()))
             if is_held_out(f"recall {facts[0]}") == held_out:
                 return World(facts, tuple(_ask(rng, facts) for _ in range(questions)))
 
@@ -99,10 +100,10 @@ def _ask(rng: random.Random, facts: Sequence[tuple[str, str]]) -> Asked:
         case "hop" if linked := [key for key, value in facts if known.get(value, value) != value]:
             key = rng.choice(linked)
             first = min(places[key], places[known[key]])
-            return Asked(f"{key} twice?", known[known[key]], len(facts) - first)
+            return Asked(f"twice {key}?", f"is {known[known[key]]}", len(facts) - first)
         case "copy":
             start = rng.randrange(max(len(facts) - COPIED, 1))
             words = [value for _, value in facts[start : start + COPIED]]
-            return Asked(f"values from {facts[start][0]}?", " ".join(words), len(facts) - start)
+            return Asked(f"from {facts[start][0]}?", " ".join(["is", *words]), len(facts) - start)
     key = rng.choice([key for key, _ in facts])
-    return Asked(f"{key}?", known[key], len(facts) - places[key])
+    return Asked(f"once {key}?", f"is {known[key]}", len(facts) - places[key])
