@@ -57,7 +57,8 @@ class RecallEnv:
 
 
 class RecallTask:
-    """Worlds of between `least` and `most` facts; short ones are where learning starts. Whether one is held out depends on its first fact."""
+    """Worlds of between `least` and `most` facts; short ones are where learning starts. Whether one is held out depends
+    on its first fact."""
 
     def __init__(self, least: int = 2, most: int = 96, questions: int = 12) -> None:
         """questions: of one demonstration, which is a conversation; an environment asks one."""
