@@ -61,11 +61,11 @@ SMALL = Size(
 )
 LARGE = Size(
     facts=(2, 300),
-    conversations=60000,
+    conversations=5000,
     shape=f"{Path(__file__)}:large_dense",
     indexer=Indexer(index_topk=32, index_n_heads=8, index_head_dim=64),
-    settings={"tokens_per_step": 65536, "tokens_per_microbatch": 65536, "max_len": 1536},
-    steps=(700, 150, 150),
+    settings={"tokens_per_step": 32768, "tokens_per_microbatch": 32768, "max_len": 1536},
+    steps=(600, 100, 100),
     rates=(2e-3, 2e-3, 5e-4),
 )
 
