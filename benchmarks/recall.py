@@ -3,8 +3,9 @@
     python benchmarks/recall.py              three seeds, small, on two cores
     python benchmarks/recall.py --large      longer worlds and a larger model, on a GPU
 
-A question's distance is that from its answer's place in the world to the question, in multiples of index_topk: what is
-farther than 1 cannot be selected by being near. An answer is right if each of its tokens is the likeliest.
+Texts state facts, then the values again by key, and over two keys. A value's distance is that to the fact that tells
+it, in tokens, in multiples of index_topk: what is farther than 1 cannot be selected by being near. It is right if its
+token is the likeliest.
 """
 
 import argparse
@@ -19,21 +20,17 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from transformers import DeepseekV3Config
+from transformers import AutoTokenizer, DeepseekV3Config
 
-from trimtab.environments.tasks.recall import RecallTask, World, conversation
+from trimtab.environments.tasks.recall import Document, document
 from trimtab.grpo import pipeline
 from trimtab.grpo.pipeline import Pipeline
 from trimtab.grpo.policy.policy import Policy, load_policy
 from trimtab.grpo.stages.config import Blank, Conversion, Indexer, Supervised
-from trimtab.grpo.stages.data import Tokens
 from trimtab.grpo.stages.shapes import quickstart_dense
-from trimtab.rollout.formats.chat import render
-from trimtab.rollout.formats.openai_messages import to_openai
-from trimtab.rollout.formats.template import load_format
 
+HELD_OUT = 64
 BUCKETS = (0, 2, 4, 8, 16, 32)
-QUESTIONS = 12
 
 
 @dataclass(frozen=True)
@@ -41,7 +38,7 @@ class Size:
     """How large a world, a model and its training are."""
 
     facts: tuple[int, int]
-    conversations: int
+    documents: int
     shape: str
     indexer: Indexer
     settings: dict[str, Any]
@@ -51,8 +48,8 @@ class Size:
 
 
 SMALL = Size(
-    facts=(2, 96),
-    conversations=4000,
+    facts=(4, 80),
+    documents=6000,
     shape="trimtab.grpo.stages.shapes:quickstart_dense",
     indexer=Indexer(index_topk=16, index_n_heads=4, index_head_dim=32),
     settings={"tokens_per_step": 2048, "tokens_per_microbatch": 4096, "max_len": 768, "precision": "fp32"},
@@ -60,8 +57,8 @@ SMALL = Size(
     rates=(3e-3, 3e-3, 1e-3),
 )
 LARGE = Size(
-    facts=(2, 300),
-    conversations=5000,
+    facts=(4, 240),
+    documents=20000,
     shape=f"{Path(__file__)}:large_dense",
     indexer=Indexer(index_topk=32, index_n_heads=8, index_head_dim=64),
     settings={"tokens_per_step": 32768, "tokens_per_microbatch": 32768, "max_len": 1536},
@@ -73,7 +70,8 @@ LARGE = Size(
 def large_dense(vocab_size: int, bos_id: int, eos_id: int) -> DeepseekV3Config:
     """About 45 M parameters: eight layers of the quickstart's kind, wider."""
     small = quickstart_dense(vocab_size, bos_id, eos_id).to_dict()
-    small = {key: value for key, value in small.items() if not key.endswith("layer_types")}  # one entry a layer
+    follows = ("head_dim", "qk_head_dim", "layer_types", "mlp_layer_types")
+    small = {key: value for key, value in small.items() if key not in follows}
     wider = {
         "hidden_size": 512,
         "intermediate_size": 1536,
@@ -93,12 +91,10 @@ def large_dense(vocab_size: int, bos_id: int, eos_id: int) -> DeepseekV3Config:
 
 def stages(size: Size, data: Path, seed: int) -> Pipeline:
     base = Supervised(
-        form="conversations",
         data=(str(data),),
-        thinking=False,
         optimizer="muon",
         weight_decay=0.01,
-        held_out=64,
+        held_out=HELD_OUT,
         save_every=10_000,
         seed=seed,
         **size.settings,
@@ -117,40 +113,39 @@ def stages(size: Size, data: Path, seed: int) -> Pipeline:
     )
 
 
-def write_world(size: Size, folder: Path, seed: int) -> list[World]:
-    """Conversations to train on, and behind them those that are held out, which are returned."""
-    task, rng = RecallTask(*size.facts), random.Random(f"recall{seed}")
-    trained = [task.world(rng, held_out=False, questions=QUESTIONS) for _ in range(size.conversations)]
-    held_out = [task.world(rng, held_out=True, questions=QUESTIONS) for _ in range(64)]
+def write_world(size: Size, folder: Path, seed: int) -> list[Document]:
+    """Documents to train on, and behind them those that are held out, which are returned."""
+    rng = random.Random(f"recall{seed}")
+    found = [document(rng, *size.facts) for _ in range(size.documents + HELD_OUT)]
     folder.mkdir(parents=True, exist_ok=True)
-    lines = (json.dumps({"messages": to_openai(conversation(world))}) for world in (*trained, *held_out))
-    (folder / "worlds.jsonl").write_text("\n".join(lines) + "\n")
-    return held_out
+    (folder / "texts.jsonl").write_text("".join(json.dumps({"text": one.text}) + "\n" for one in found))
+    return found[-HELD_OUT:]
 
 
 @torch.no_grad()
-def recall(checkpoint: Path, worlds: list[World], topk: int, *, dense: bool = False) -> list[float]:
-    """Share of right answers by distance, over BUCKETS."""
+def recall(checkpoint: Path, documents: list[Document], topk: int) -> list[float]:
+    """Share of values that are the likeliest token, by distance, over BUCKETS; values of one token alone count."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    policy, chat = load_policy(checkpoint).to(device), load_format(checkpoint)
+    policy, tokenizer = load_policy(checkpoint).to(device), AutoTokenizer.from_pretrained(checkpoint)
     right, asked = defaultdict(int), defaultdict(int)
-    for world in worlds:
-        ((ids_N, sampled_N),) = render(chat, conversation(world), thinking=False)
-        hits_N = likeliest(policy, Tokens(ids_N, sampled_N), device, dense=dense)
-        edges = np.flatnonzero(np.diff(np.r_[False, sampled_N, False].astype(int))).reshape(-1, 2)
-        opening = edges[0][0]
-        for one, (start, end) in zip(world.asked, edges, strict=True):
-            tokens = start - opening + one.distance * opening / len(world.facts)
-            bucket = np.searchsorted(BUCKETS, tokens / topk, side="right") - 1
-            right[bucket] += bool(hits_N[start:end].all())
+    for one in documents:
+        read = tokenizer(one.text, return_offsets_mapping=True, add_special_tokens=False)
+        ids_N = torch.tensor([tokenizer.bos_token_id, *read["input_ids"]], device=device)
+        starts = {start: i + 1 for i, (start, _) in enumerate(read["offset_mapping"])}
+        hits_N = likeliest(policy, ids_N)
+        for value, source in one.asked:
+            place = starts.get(value - 1)  # a word's token begins with the space before it
+            if place is None or place + 1 not in starts.values() or one.text[read["offset_mapping"][place][0]] != ";":
+                continue
+            bucket = np.searchsorted(BUCKETS, (place - starts[source]) / topk, side="right") - 1
+            right[bucket] += bool(hits_N[place])
             asked[bucket] += 1
     return [right[i] / asked[i] if asked[i] else float("nan") for i in range(len(BUCKETS))]
 
 
-def likeliest(policy: Policy, one: Tokens, device: torch.device, *, dense: bool) -> np.ndarray:
+def likeliest(policy: Policy, ids_N: torch.Tensor) -> np.ndarray:
     """Whether each token of a sequence is the likeliest behind those before it; bool [N]."""
-    ids_N = torch.from_numpy(one.ids_N).long().to(device)
-    hidden_ND = policy(ids_N, torch.tensor([0, len(ids_N)], device=device), dense_attention=dense).hidden_ND
+    hidden_ND = policy(ids_N, torch.tensor([0, len(ids_N)], device=ids_N.device)).hidden_ND
     best_N = (hidden_ND[:-1] @ policy.head_weight.T).argmax(-1)
     return np.r_[False, (best_N == ids_N[1:]).cpu().numpy()]
 
@@ -158,8 +153,8 @@ def likeliest(policy: Policy, one: Tokens, device: torch.device, *, dense: bool)
 def run(size: Size, seed: int, home: Path, console: Console) -> list[list[str]]:
     """All stages of one seed; a row for each state of the model."""
     folder = home / f"seed{seed}"
-    worlds = write_world(size, folder, seed)
-    if code := pipeline.run(stages(size, folder / "worlds.jsonl", seed), folder / "stages", console):
+    held_out = write_world(size, folder, seed)
+    if code := pipeline.run(stages(size, folder / "texts.jsonl", seed), folder / "stages", console):
         raise SystemExit(code)
     state = json.loads((folder / "stages" / "pipeline.json").read_text())
     figures = {name: state[name]["figures"] for name in ("dense", "warm_up", "sparse")}
@@ -168,7 +163,7 @@ def run(size: Size, seed: int, home: Path, console: Console) -> list[list[str]]:
     measured = {"dense": after["dense"], "converted": before, "warm_up": after["warm_up"], "sparse": after["sparse"]}
     rows = []
     for name, found in measured.items():
-        shares = recall(Path(state[name]["output"]), worlds, size.indexer.index_topk)
+        shares = recall(Path(state[name]["output"]), held_out, size.indexer.index_topk)
         mass = found.get("selected_mass")
         rows.append(
             [

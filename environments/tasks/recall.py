@@ -43,6 +43,17 @@ class World:
         return f"facts: {'; '.join(f'{key} {value}' for key, value in self.facts)}. {self.asked[0].text}"
 
 
+@dataclass(frozen=True, slots=True)
+class Document:
+    """Facts in a row, and then all that follows from them: a text in which every value of the second part can be known.
+
+    asked are pairs of places in the text: where such a value begins, and where the fact that tells it begins.
+    """
+
+    text: str
+    asked: tuple[tuple[int, int], ...]
+
+
 class RecallEnv:
     """One question about one world. Reward part "outcome": 1.0 for the answer and nothing else."""
 
@@ -76,6 +87,30 @@ class RecallTask:
             facts = _facts(rng, round(self._least * (self._most / self._least) ** rng.random()))
             if is_held_out(f"recall {facts[0]}") == held_out:
                 return World(facts, tuple(_ask(rng, facts) for _ in range(questions)))
+
+
+def document(rng: random.Random, least: int, most: int) -> Document:
+    """Between so many facts; then the same in another order, or in the same (copying), then values over two keys."""
+    facts = _facts(rng, round(least * (most / least) ** rng.random()))
+    known = dict(facts)
+    text, places = "facts:", dict[str, int]()
+    for key, value in facts:
+        places[key] = len(text)
+        text += f" {key} {value};"
+    asked: list[tuple[int, int]] = []
+    again = list(facts) if rng.random() < 1 / 3 else rng.sample(facts, len(facts))
+    text += " once:"
+    for key, value in again:
+        text += f" {key}"
+        asked.append((len(text) + 1, places[key]))
+        text += f" {value};"
+    linked = [(key, value) for key, value in facts if value in known]
+    text += " twice:" if linked else ""
+    for key, value in rng.sample(linked, len(linked)):
+        text += f" {key}"
+        asked.append((len(text) + 1, min(places[key], places[value])))
+        text += f" {known[value]};"
+    return Document(text, tuple(asked))
 
 
 def conversation(world: World) -> tuple[Message, ...]:

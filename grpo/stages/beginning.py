@@ -9,7 +9,7 @@ from typing import Any
 
 import trimtab.environments.tasks.alignment as alignment
 from trimtab.environments.base import Message
-from trimtab.environments.files import read_rows
+from trimtab.environments.files import Row, read_rows
 from trimtab.environments.json_lines import json_line
 from trimtab.grpo.config import Domain, load
 from trimtab.grpo.stages.config import Blank, Demonstrations
@@ -61,9 +61,9 @@ def write_blank(settings: Blank, out: Path) -> str:
         ValueError: a file or a shape that cannot be read.
     """
     make: Callable[[int, int, int], Any] = load(settings.shape)
-    conversations = [from_openai(row.value("messages")) for file in settings.data for row in read_rows(file)]
+    rows = [row for file in settings.data for row in read_rows(file)]
     tokenizer = train_tokenizer(
-        texts_of(conversations),
+        (text for row in rows for text in _texts(row)),
         vocab_size=settings.vocab_size,
         special=SPECIAL_TOKENS,
         markup=MARKUP,
@@ -75,7 +75,12 @@ def write_blank(settings: Blank, out: Path) -> str:
     with whole(out) as partial:
         config.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-    return f"a {config.architectures[0]} without weights, {len(tokenizer)} tokens of {len(conversations)} conversations"
+    return f"a {config.architectures[0]} without weights, {len(tokenizer)} tokens of {len(rows)} rows"
+
+
+def _texts(row: Row) -> Iterable[str]:
+    """Of a text, or of a conversation."""
+    return [row.text("text")] if "messages" not in row.values else texts_of([from_openai(row.value("messages"))])
 
 
 def texts_of(conversations: Iterable[Iterable[Message]]) -> Iterator[str]:

@@ -212,12 +212,12 @@ class Demonstrations:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Blank:
-    """A model without weights: a tokenizer in DeepSeek-V3.2's format, learnt from conversations, and a shape."""
+    """A model without weights: a tokenizer in DeepSeek-V3.2's format, learnt from texts or conversations, and a shape."""
 
     shape: str
     """Import path of a function (vocab_size, bos_id, eos_id) -> transformers' configuration."""
     data: tuple[str, ...]
-    """Files of conversations, as Supervised.data."""
+    """Files whose rows have `text` or `messages`, as Supervised.data."""
     out: str = ""
     vocab_size: int = 1024
 
