@@ -212,7 +212,7 @@ class Demonstrations:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Blank:
-    """A model without weights: a tokenizer in DeepSeek-V3.2's format, learnt from texts or conversations, and a shape."""
+    """A model without weights: a shape, and a tokenizer in DeepSeek-V3.2's format, learnt from what it will read."""
 
     shape: str
     """Import path of a function (vocab_size, bos_id, eos_id) -> transformers' configuration."""
