@@ -62,7 +62,7 @@ LARGE = Size(
     shape=f"{Path(__file__)}:large_dense",
     indexer=Indexer(index_topk=32, index_n_heads=8, index_head_dim=64),
     settings={"tokens_per_step": 32768, "tokens_per_microbatch": 32768, "max_len": 1536},
-    steps=(600, 100, 100),
+    steps=(1200, 150, 150),
     rates=(2e-3, 2e-3, 5e-4),
 )
 
