@@ -3,9 +3,9 @@
     python benchmarks/recall.py              three seeds, small, on two cores
     python benchmarks/recall.py --large      longer worlds and a larger model, on a GPU
 
-Texts state facts, then the values again by key, and over two keys. A value's distance is that to the fact that tells
-it, in tokens, in multiples of index_topk: what is farther than 1 cannot be selected by being near. It is right if its
-token is the likeliest.
+A user states facts, the assistant recites their values by key, and over two keys. A value's distance is that to the fact
+that tells it, in tokens, in multiples of index_topk: what is farther than 1 cannot be selected by being near. It is right
+if its token is the likeliest.
 """
 
 import argparse
@@ -22,12 +22,15 @@ import torch
 from rich.console import Console
 from transformers import AutoTokenizer, DeepseekV3Config
 
-from trimtab.environments.tasks.recall import Document, document
+from trimtab.environments.tasks.recall import Recital, recital
 from trimtab.grpo import pipeline
 from trimtab.grpo.pipeline import Pipeline
 from trimtab.grpo.policy.policy import Policy, load_policy
 from trimtab.grpo.stages.config import Blank, Conversion, Indexer, Supervised
 from trimtab.grpo.stages.shapes import quickstart_dense
+from trimtab.rollout.formats.chat import render
+from trimtab.rollout.formats.openai_messages import to_openai
+from trimtab.rollout.formats.template import load_format
 
 HELD_OUT = 64
 BUCKETS = (0, 2, 4, 8, 16, 32)
@@ -48,7 +51,7 @@ class Size:
 
 
 SMALL = Size(
-    facts=(4, 80),
+    facts=(2, 64),
     documents=6000,
     shape="trimtab.grpo.stages.shapes:quickstart_dense",
     indexer=Indexer(index_topk=16, index_n_heads=4, index_head_dim=32),
@@ -57,12 +60,12 @@ SMALL = Size(
     rates=(3e-3, 3e-3, 1e-3),
 )
 LARGE = Size(
-    facts=(4, 240),
-    documents=20000,
+    facts=(2, 160),
+    documents=12000,
     shape=f"{Path(__file__)}:large_dense",
     indexer=Indexer(index_topk=32, index_n_heads=8, index_head_dim=64),
-    settings={"tokens_per_step": 32768, "tokens_per_microbatch": 32768, "max_len": 1536},
-    steps=(1200, 150, 150),
+    settings={"tokens_per_step": 16384, "tokens_per_microbatch": 16384, "max_len": 1536},
+    steps=(700, 100, 100),
     rates=(2e-3, 2e-3, 5e-4),
 )
 
@@ -91,6 +94,8 @@ def large_dense(vocab_size: int, bos_id: int, eos_id: int) -> DeepseekV3Config:
 
 def stages(size: Size, data: Path, seed: int) -> Pipeline:
     base = Supervised(
+        form="conversations",
+        thinking=False,
         data=(str(data),),
         optimizer="muon",
         weight_decay=0.01,
@@ -113,33 +118,40 @@ def stages(size: Size, data: Path, seed: int) -> Pipeline:
     )
 
 
-def write_world(size: Size, folder: Path, seed: int) -> list[Document]:
-    """Documents to train on, and behind them those that are held out, which are returned."""
+def write_world(size: Size, folder: Path, seed: int) -> list[Recital]:
+    """Conversations to train on, and behind them those that are held out, which are returned."""
     rng = random.Random(f"recall{seed}")
-    found = [document(rng, *size.facts) for _ in range(size.documents + HELD_OUT)]
+    found = [recital(rng, *size.facts) for _ in range(size.documents + HELD_OUT)]
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "texts.jsonl").write_text("".join(json.dumps({"text": one.text}) + "\n" for one in found))
+    lines = (json.dumps({"messages": to_openai(one.messages)}) + "\n" for one in found)
+    (folder / "recitals.jsonl").write_text("".join(lines))
     return found[-HELD_OUT:]
 
 
 @torch.no_grad()
-def recall(checkpoint: Path, documents: list[Document], topk: int) -> list[float]:
-    """Share of values that are the likeliest token, by distance, over BUCKETS; values of one token alone count."""
+def recall(checkpoint: Path, held_out: list[Recital], topk: int) -> list[float]:
+    """Share of values that are the likeliest, by distance, over BUCKETS; values of one token alone count."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    policy, tokenizer = load_policy(checkpoint).to(device), AutoTokenizer.from_pretrained(checkpoint)
+    policy, chat = load_policy(checkpoint).to(device), load_format(checkpoint)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     right, asked = defaultdict(int), defaultdict(int)
-    for one in documents:
-        read = tokenizer(one.text, return_offsets_mapping=True, add_special_tokens=False)
-        ids_N = torch.tensor([tokenizer.bos_token_id, *read["input_ids"]], device=device)
-        starts = {start: i + 1 for i, (start, _) in enumerate(read["offset_mapping"])}
-        hits_N = likeliest(policy, ids_N)
-        for value, source in one.asked:
-            place = starts.get(value - 1)  # a word's token begins with the space before it
-            if place is None or place + 1 not in starts.values() or one.text[read["offset_mapping"][place][0]] != ";":
-                continue
-            bucket = np.searchsorted(BUCKETS, (place - starts[source]) / topk, side="right") - 1
-            right[bucket] += bool(hits_N[place])
-            asked[bucket] += 1
+    for one in held_out:
+        ((ids_N, sampled_N),) = render(chat, one.messages, thinking=False)
+        told, said = (
+            tokenizer(text, return_offsets_mapping=True, add_special_tokens=False) for text in (one.facts, one.recital)
+        )
+        ids = ids_N.tolist()
+        opening = next(i for i in range(len(ids)) if ids[i : i + 9] == told["input_ids"][:9])
+        answer = int(sampled_N.argmax())
+        fact = {start: opening + i for i, (start, _) in enumerate(told["offset_mapping"])}
+        value = {start: (answer + i, end) for i, (start, end) in enumerate(said["offset_mapping"])}
+        hits_N = likeliest(policy, torch.from_numpy(ids_N).long().to(device))
+        for where, source in one.asked:
+            place, end = value.get(where, (0, 0))  # a word's token begins with the space before it
+            if one.recital[end : end + 1] == ";":
+                bucket = np.searchsorted(BUCKETS, (place - fact[source]) / topk, side="right") - 1
+                right[bucket] += bool(hits_N[place])
+                asked[bucket] += 1
     return [right[i] / asked[i] if asked[i] else float("nan") for i in range(len(BUCKETS))]
 
 
@@ -154,7 +166,7 @@ def run(size: Size, seed: int, home: Path, console: Console) -> list[list[str]]:
     """All stages of one seed; a row for each state of the model."""
     folder = home / f"seed{seed}"
     held_out = write_world(size, folder, seed)
-    if code := pipeline.run(stages(size, folder / "texts.jsonl", seed), folder / "stages", console):
+    if code := pipeline.run(stages(size, folder / "recitals.jsonl", seed), folder / "stages", console):
         raise SystemExit(code)
     state = json.loads((folder / "stages" / "pipeline.json").read_text())
     figures = {name: state[name]["figures"] for name in ("dense", "warm_up", "sparse")}

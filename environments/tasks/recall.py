@@ -44,14 +44,19 @@ class World:
 
 
 @dataclass(frozen=True, slots=True)
-class Document:
-    """Facts in a row, and then all that follows from them: a text in which every value of the second part can be known.
+class Recital:
+    """Facts in a row, and a recital of all that follows from them.
 
-    asked are pairs of places in the text: where such a value begins, and where the fact that tells it begins.
+    asked are pairs of places: where in the recital a value begins, and where among the facts the one that tells it does.
     """
 
-    text: str
+    facts: str
+    recital: str
     asked: tuple[tuple[int, int], ...]
+
+    @property
+    def messages(self) -> tuple[Message, Message]:
+        return Message("user", self.facts), Message("assistant", self.recital)
 
 
 class RecallEnv:
@@ -89,28 +94,25 @@ class RecallTask:
                 return World(facts, tuple(_ask(rng, facts) for _ in range(questions)))
 
 
-def document(rng: random.Random, least: int, most: int) -> Document:
-    """Between so many facts; then the same in another order, or in the same (copying), then values over two keys."""
+def recital(rng: random.Random, least: int, most: int) -> Recital:
+    """Between so many facts; the same in another order, or in the same (copying); then values over two keys."""
     facts = _facts(rng, round(least * (most / least) ** rng.random()))
     known = dict(facts)
-    text, places = "facts:", dict[str, int]()
+    told, places = "facts:", dict[str, int]()
     for key, value in facts:
-        places[key] = len(text)
-        text += f" {key} {value};"
-    asked: list[tuple[int, int]] = []
+        places[key] = len(told)
+        told += f" {key} {value};"
     again = list(facts) if rng.random() < 1 / 3 else rng.sample(facts, len(facts))
-    text += " once:"
-    for key, value in again:
-        text += f" {key}"
-        asked.append((len(text) + 1, places[key]))
-        text += f" {value};"
     linked = [(key, value) for key, value in facts if value in known]
-    text += " twice:" if linked else ""
+    said, asked = "once:", list[tuple[int, int]]()
+    for key, value in again:
+        asked.append((len(said) + len(key) + 1, places[key]))
+        said += f" {key} {value};"
+    said += " twice:" if linked else ""
     for key, value in rng.sample(linked, len(linked)):
-        text += f" {key}"
-        asked.append((len(text) + 1, min(places[key], places[value])))
-        text += f" {known[value]};"
-    return Document(text, tuple(asked))
+        asked.append((len(said) + len(key) + 1, min(places[key], places[value])))
+        said += f" {key} {known[value]};"
+    return Recital(told, said, tuple(asked))
 
 
 def conversation(world: World) -> tuple[Message, ...]:
