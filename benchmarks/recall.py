@@ -3,9 +3,9 @@
     python benchmarks/recall.py              three seeds, small, on two cores
     python benchmarks/recall.py --large      longer worlds and a larger model, on a GPU
 
-A user states facts, the assistant recites their values by key, and over two keys. A value's distance is that to the fact
-that tells it, in tokens, in multiples of index_topk: what is farther than 1 cannot be selected by being near. It is right
-if its token is the likeliest.
+A user states facts, the assistant recites their values by key, and over two keys. A value's distance is that to the
+fact that tells it, in tokens, in multiples of index_topk: what is farther than 1 cannot be selected by being near. It is
+right if its token is the likeliest.
 """
 
 import argparse
@@ -141,7 +141,7 @@ def recall(checkpoint: Path, held_out: list[Recital], topk: int) -> list[float]:
             tokenizer(text, return_offsets_mapping=True, add_special_tokens=False) for text in (one.facts, one.recital)
         )
         ids = ids_N.tolist()
-        opening = next(i for i in range(len(ids)) if ids[i : i + 9] == told["input_ids"][:9])
+        opening = next(i for i in range(len(ids)) if ids[i : i + len(told["input_ids"])] == told["input_ids"])
         answer = int(sampled_N.argmax())
         fact = {start: opening + i for i, (start, _) in enumerate(told["offset_mapping"])}
         value = {start: (answer + i, end) for i, (start, end) in enumerate(said["offset_mapping"])}

@@ -47,7 +47,7 @@ class World:
 class Recital:
     """Facts in a row, and a recital of all that follows from them.
 
-    asked are pairs of places: where in the recital a value begins, and where among the facts the one that tells it does.
+    asked are pairs of places: where in the recital a value begins, and where among the facts the one that tells it.
     """
 
     facts: str
