@@ -4,8 +4,8 @@
     python benchmarks/recall.py --large      longer worlds and a larger model, on a GPU
 
 A user states facts, the assistant recites their values by key, and over two keys. A value's distance is that to the
-fact that tells it, in tokens, in multiples of index_topk: what is farther than 1 cannot be selected by being near. It is
-right if its token is the likeliest.
+fact that tells it, in tokens, in multiples of index_topk: what is farther than 1 cannot be selected by being near. It
+is right if its token is the likeliest.
 """
 
 import argparse
