@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +31,7 @@ from trimtab.grpo.runs.folder import RunFolder, remedy
 from trimtab.grpo.runs.lock import locked
 from trimtab.grpo.runs.record import record_start
 from trimtab.grpo.runs.saving import Saving
-from trimtab.grpo.runs.signals import Stopped, stop_on_signals
+from trimtab.grpo.runs.signals import TOGETHER, Stopped, stop_on_signals
 from trimtab.rollout.types import Episode, Group, Lost
 
 LOST = {"kind": "environment", "count": 2, "reason": "no judge"}
@@ -358,6 +359,10 @@ def test_the_first_signal_waits_for_a_step_and_the_second_does_not(number):
         with stop.after_the_step():
             os.kill(os.getpid(), number)
             assert stop.asked() and stop.exit_code == 128 + number and len(told) == 1
+            os.kill(os.getpid(), number)  # by whoever stops a group of processes, of which one hands it on: no second
+            signal.sigtimedwait([], 0.1)
+            assert len(told) == 1
+            time.sleep(TOGETHER)
             with pytest.raises(Stopped):
                 os.kill(os.getpid(), number)
                 signal.sigtimedwait([], 0.1)

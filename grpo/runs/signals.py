@@ -1,10 +1,13 @@
 """Ctrl-C and SIGTERM: the first asks for a stop after the step, the second stops at once."""
 
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+TOGETHER = 0.5
+"""Seconds within which signals are one: whoever stops a group of processes reaches some of them twice."""
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -28,6 +31,7 @@ class Stop:
         self._tell = tell
         self._number: int | None = None
         self._at_once = True
+        self._asked_at = 0.0
 
     def asked(self) -> bool:
         return self._number is not None
@@ -57,12 +61,14 @@ class Stop:
             self._at_once = True
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        again = self.asked()
-        self._number = number
-        if self._at_once or again:
+        first, since = not self.asked(), time.monotonic() - self._asked_at
+        if first:
+            self._number, self._asked_at = number, time.monotonic()
+        if self._at_once or not (first or since < TOGETHER):
             raise Stopped(number)
-        name = signal.Signals(number).name
-        self._tell(f"{name}: stopping after this step; once more stops at once and loses it")
+        if first:
+            name = signal.Signals(number).name
+            self._tell(f"{name}: stopping after this step; once more stops at once and loses it")
 
 
 @contextmanager
