@@ -4,7 +4,7 @@
     python benchmarks/smollm2.py curve RUN RUN RUN              the same from runs that have finished, on this machine
 
 Every run is a `trimtab train` of its own, timed from its start to its end: engine start, both evaluations and, the
-first time, the conversion of the model are in it. The curve goes to grpo/curves/smollm2.json; with options that change
+first time, the conversion of the model are in it. The curve goes to grpo/results/curves; with options that change
 what is learned it goes nowhere, because the recipe's runs would not follow it.
 """
 
@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 
 from trimtab.grpo.commands.check import read_run
-from trimtab.grpo.curve import CURVES, SMOOTH, comparable, measure
-from trimtab.grpo.intervals import paired_by_prompt
+from trimtab.grpo.results.curve import CURVES, SMOOTH, comparable, measure
+from trimtab.grpo.results.intervals import paired_by_prompt
 
 SEEDS = (0, 1, 2)
 DOMAIN = "sums"

@@ -32,8 +32,8 @@ import psutil
 
 from trimtab.environments.json_lines import read_json_lines
 from trimtab.grpo.config import Config, Judge
-from trimtab.grpo.mixture import draw_step, load_tasks
 from trimtab.grpo.recipes import quickstart
+from trimtab.grpo.sampling.mixture import draw_step, load_tasks
 from trimtab.grpo.setup.rehearsal import STAND_INS
 
 HERE = Path(__file__).parent

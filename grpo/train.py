@@ -19,13 +19,10 @@ from trimtab.grpo.cost.flops import Learns, Work
 from trimtab.grpo.cost.ledger import Plan
 from trimtab.grpo.cost.meter import Meter
 from trimtab.grpo.cost.shape import shape_of
-from trimtab.grpo.display import LiveTable, held_out_table
-from trimtab.grpo.intervals import mean_interval
-from trimtab.grpo.lost import LostGroups, TooManyLost, without_advantage
-from trimtab.grpo.mixture import PlayedBatch, draw_held_out, draw_step, part_means, prompt_scores, scores
-from trimtab.grpo.players import Players
 from trimtab.grpo.policy.lora import adapt, load_adapter
 from trimtab.grpo.policy.policy import Policy, load_policy
+from trimtab.grpo.results.display import LiveTable, held_out_table
+from trimtab.grpo.results.intervals import mean_interval
 from trimtab.grpo.runs.changes import changes
 from trimtab.grpo.runs.checkpoints import step_of
 from trimtab.grpo.runs.folder import RunFolder, remedy
@@ -33,7 +30,10 @@ from trimtab.grpo.runs.ledger import ledger_row
 from trimtab.grpo.runs.record import record_start
 from trimtab.grpo.runs.saving import Saving
 from trimtab.grpo.runs.signals import Stop, Stopped, stop_on_signals
-from trimtab.grpo.scores import ExpectedParts
+from trimtab.grpo.sampling.lost import LostGroups, TooManyLost, without_advantage
+from trimtab.grpo.sampling.mixture import PlayedBatch, draw_held_out, draw_step, part_means, prompt_scores, scores
+from trimtab.grpo.sampling.players import Players
+from trimtab.grpo.sampling.scores import ExpectedParts
 from trimtab.grpo.setup.prepare import complete
 from trimtab.grpo.stages.cold_start import cold_start
 from trimtab.grpo.trainer import Trainer

@@ -21,7 +21,7 @@ from trimtab.grpo.policy.offload import Shelf
 from trimtab.grpo.policy.policy import Policy
 from trimtab.grpo.policy.selection import Chosen, noting_selection
 from trimtab.grpo.policy.shard import compute_dtype, round_frozen, without_gradient
-from trimtab.grpo.record import Record
+from trimtab.grpo.results.record import Record
 from trimtab.grpo.schedule import lr_factor
 from trimtab.kernels import reference
 from trimtab.rollout.types import Segment

@@ -5,8 +5,8 @@ from math import sqrt
 import pytest
 
 from trimtab.grpo.commands.check import check, read_run
-from trimtab.grpo.curve import MARGIN, WIDTH, Band, Curve, RunRecord, bands, curve_for, judge, measure, smoothed
 from trimtab.grpo.recipes import quickstart, smollm2
+from trimtab.grpo.results.curve import MARGIN, WIDTH, Band, Curve, RunRecord, bands, curve_for, judge, measure, smoothed
 
 STEPS = 20
 CONFIG = replace(smollm2(), steps=STEPS)

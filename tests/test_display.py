@@ -8,7 +8,7 @@ from rich.console import Console
 from trimtab.grpo.config import Config, Domain, Rollout
 from trimtab.grpo.cost.advice import advice
 from trimtab.grpo.cost.clock import metrics as clock_metrics
-from trimtab.grpo.display import LiveTable
+from trimtab.grpo.results.display import LiveTable
 
 GPU = {"memory/trainer_gib": 20.0, "memory/engine_gib": 30.0, "memory/gpu_gib": 79.1}
 STEP = {

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from trimtab.grpo.config import Config
-from trimtab.grpo.mixture import load_tasks
 from trimtab.grpo.recipes import find_recipe
+from trimtab.grpo.sampling.mixture import load_tasks
 from trimtab.grpo.setup.resolve import resolve
 from trimtab.rewards.sandbox import isolation, mechanism
 

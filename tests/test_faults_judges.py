@@ -13,8 +13,8 @@ import openai
 import pytest
 from judge_server import Act, judge_server
 
-from trimtab.grpo import services
 from trimtab.grpo.config import Judge
+from trimtab.grpo.sampling import services
 from trimtab.rewards.judging.endpoint import Endpoint
 from trimtab.rewards.judging.model import JudgeModel
 from trimtab.rewards.judging.rubric import JudgeError, parse_verdict

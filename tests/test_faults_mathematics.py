@@ -16,8 +16,8 @@ from trimtab.grpo.config import Config, Domain, LossSettings
 from trimtab.grpo.cost.clock import Clock
 from trimtab.grpo.policy.learner import Diverged
 from trimtab.grpo.policy.policy import Policy
+from trimtab.grpo.sampling.scores import ExpectedParts, PartMissing
 from trimtab.grpo.schedule import lr_factor
-from trimtab.grpo.scores import ExpectedParts, PartMissing
 from trimtab.grpo.train import domain_metrics
 from trimtab.grpo.trainer import Trainer
 from trimtab.kernels import reference

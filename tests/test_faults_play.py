@@ -19,8 +19,8 @@ from trimtab.environments.base import Message, Step, VoidEpisode
 from trimtab.environments.tools.functions import ToolEnv, tool
 from trimtab.grpo.commands.cli import main
 from trimtab.grpo.config import Config, Domain, Rollout
-from trimtab.grpo.lost import LostGroups, TooManyLost, without_advantage
-from trimtab.grpo.mixture import Draw, Gate, PlayedBatch, draw_step, load_tasks, play_draws
+from trimtab.grpo.sampling.lost import LostGroups, TooManyLost, without_advantage
+from trimtab.grpo.sampling.mixture import Draw, Gate, PlayedBatch, draw_step, load_tasks, play_draws
 from trimtab.grpo.setup.rehearsal import STAND_INS, rehearse
 from trimtab.grpo.setup.resolve import with_lengths
 from trimtab.rollout.context import Context, ContextPolicy

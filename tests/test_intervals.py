@@ -2,7 +2,7 @@ from math import sqrt
 
 import pytest
 
-from trimtab.grpo.intervals import paired_by_prompt, paired_interval
+from trimtab.grpo.results.intervals import paired_by_prompt, paired_interval
 
 
 def test_the_interval_is_that_of_the_differences():

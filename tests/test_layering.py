@@ -31,6 +31,8 @@ ROOMS = {  # rooms within a package that must not know each other's upper neighb
     "grpo/cost": {"grpo/commands", "grpo/setup", "grpo/stages", "grpo/policy"},
     "grpo/setup": {"grpo/commands", "grpo/runs"},
     "grpo/runs": {"grpo/commands", "grpo/setup", "grpo/stages"},
+    "grpo/sampling": {"grpo/commands", "grpo/setup", "grpo/stages", "grpo/runs"},
+    "grpo/results": {"grpo/commands", "grpo/setup", "grpo/stages", "grpo/sampling"},
     "rollout/engine": {"rollout/formats", "environments"},
     "rollout/formats": {"rollout/engine"},
     "environments/tools": {"environments/adapters", "environments/tasks"},

@@ -10,7 +10,7 @@ import pytest
 
 from trimtab.environments.base import Env, Message, Step, ToolCall
 from trimtab.grpo.config import Config, Domain, Rollout
-from trimtab.grpo.mixture import (
+from trimtab.grpo.sampling.mixture import (
     draw_held_out,
     draw_step,
     load_tasks,

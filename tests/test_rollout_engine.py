@@ -13,14 +13,14 @@ import torch
 import transformers
 from tiny import save_tiny, save_tiny_deepseek, tiny_deepseek
 
-from trimtab.grpo import players
 from trimtab.grpo.config import Rollout
 from trimtab.grpo.policy.policy import load_policy
 from trimtab.grpo.policy.selection import noting_selection
 from trimtab.grpo.recipes import quickstart
+from trimtab.grpo.sampling import players
+from trimtab.grpo.sampling.sync import differing, selection_agreement
 from trimtab.grpo.stages.config import Indexer
 from trimtab.grpo.stages.convert import convert
-from trimtab.grpo.sync import differing, selection_agreement
 from trimtab.rollout.engine.engine import Engine, EngineConfig
 from trimtab.rollout.engine.weights import checksums
 from trimtab.rollout.types import Completion, Request, Sampling

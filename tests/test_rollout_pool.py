@@ -10,7 +10,7 @@ import torch
 from tiny import save_tiny_deepseek
 from transformers import DeepseekV32ForCausalLM
 
-from trimtab.grpo.sync import differing
+from trimtab.grpo.sampling.sync import differing
 from trimtab.rollout.engine.engine import EngineConfig
 from trimtab.rollout.engine.pool import EngineError, Pool, gpu_share
 from trimtab.rollout.engine.weights import checksums

@@ -8,9 +8,9 @@ from test_rollout_template_forms import TABLE, TEMPLATES, chat_of
 
 from trimtab.environments.base import Message
 from trimtab.environments.rubric import RubricEnv
-from trimtab.grpo import services
 from trimtab.grpo.config import Config, Domain, Judge
 from trimtab.grpo.recipes import quickstart
+from trimtab.grpo.sampling import services
 from trimtab.rewards.judging.rubric import Criterion, Grader, JudgeError, Rubric
 from trimtab.rollout.judge import RETRY_TOP_K
 from trimtab.rollout.scripted import byte_chat

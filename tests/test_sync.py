@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from trimtab.grpo.sync import PROBE_ANSWER, WeightMismatch, check, differing, probe_of
+from trimtab.grpo.sampling.sync import PROBE_ANSWER, WeightMismatch, check, differing, probe_of
 from trimtab.rollout.attempt import recorded
 from trimtab.rollout.types import Completion, Request, Sampling
 

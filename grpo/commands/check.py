@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.grpo.config import Config
-from trimtab.grpo.curve import CURVES, SMOOTH, RunRecord, curve_for, judge
+from trimtab.grpo.results.curve import CURVES, SMOOTH, RunRecord, curve_for, judge
 
 SHOWN = 10
 """Lines of what lies outside, before the rest is counted."""

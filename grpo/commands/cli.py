@@ -11,8 +11,8 @@ from typing import Any
 import tyro
 
 from trimtab.grpo.config import Config
-from trimtab.grpo.curve import curve_for
 from trimtab.grpo.recipes import PIPELINES, RECIPES, STAGES, find_pipeline, find_recipe
+from trimtab.grpo.results.curve import curve_for
 from trimtab.grpo.start import load_settings, prepare
 
 USAGE = f"""usage: trimtab COMMAND
@@ -90,11 +90,11 @@ def _train(target: str, options: list[str]) -> int:
         fresh = config.out or time.strftime(f"runs/{_name(target)}-%Y%m%d-%H%M%S")
         folder = Path(target if resume else fresh)
 
-        from trimtab.grpo.lost import TooManyLost
         from trimtab.grpo.policy.learner import Diverged
         from trimtab.grpo.runs.folder import remedy
-        from trimtab.grpo.scores import PartMissing
-        from trimtab.grpo.sync import WeightMismatch
+        from trimtab.grpo.sampling.lost import TooManyLost
+        from trimtab.grpo.sampling.scores import PartMissing
+        from trimtab.grpo.sampling.sync import WeightMismatch
         from trimtab.rollout.engine.pool import EngineError
 
         run: Any = prepare(config, folder, resume=resume)

@@ -20,7 +20,7 @@ from trimtab.environments.tasks.alignment import labelled_notes
 from trimtab.grpo.config import Judge
 from trimtab.grpo.cost.shape import shape_of
 from trimtab.grpo.policy.policy import check_checkpoint
-from trimtab.grpo.services import check_format
+from trimtab.grpo.sampling.services import check_format
 from trimtab.rewards.judging.agreement import accuracy, cohen_kappa, length_bias, position_flips
 from trimtab.rewards.judging.endpoint import Endpoint
 from trimtab.rewards.judging.model import Complete, JudgeModel, Usage, VerdictCache, yes_no

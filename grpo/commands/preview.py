@@ -8,7 +8,7 @@ from typing import Any
 
 from trimtab.environments.base import Message
 from trimtab.grpo.config import Config
-from trimtab.grpo.mixture import draw_step, load_tasks, play_draws
+from trimtab.grpo.sampling.mixture import draw_step, load_tasks, play_draws
 from trimtab.grpo.setup.rehearsal import STAND_INS
 from trimtab.grpo.setup.resolve import with_lengths
 from trimtab.rollout.scripted import Say, Scripted, byte_chat

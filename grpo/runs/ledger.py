@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from trimtab.grpo.batch import Trajectory
-from trimtab.grpo.mixture import Draw
+from trimtab.grpo.sampling.mixture import Draw
 from trimtab.rollout.types import Episode, Group
 
 

@@ -17,7 +17,7 @@ from trimtab.environments.adapters.rows import RowsTask
 from trimtab.environments.base import Env, Known, Message, Task
 from trimtab.environments.guard import guarded
 from trimtab.grpo.config import Config
-from trimtab.grpo.mixture import stable_seed
+from trimtab.grpo.sampling.mixture import stable_seed
 from trimtab.rewards.reading.plain import alternatives, normalised
 from trimtab.rewards.reading.quantities import quantity
 

@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 
-from trimtab.grpo import services
 from trimtab.grpo.config import Config
 from trimtab.grpo.cost.ledger import Beside, Plan, choose
 from trimtab.grpo.cost.shape import shape_of
-from trimtab.grpo.mixture import chat_of, load_tasks
 from trimtab.grpo.policy.lora import check_targets
 from trimtab.grpo.policy.policy import check_checkpoint
+from trimtab.grpo.sampling import services
+from trimtab.grpo.sampling.mixture import chat_of, load_tasks
 from trimtab.grpo.setup.grading import check_grading
 from trimtab.grpo.setup.models import locate
 from trimtab.grpo.setup.rehearsal import STAND_INS, rehearse

@@ -17,7 +17,7 @@ from accelerate.tracking import get_available_trackers
 from trimtab.environments.base import Env, Message, Task, VoidEpisode
 from trimtab.environments.guard import guarded
 from trimtab.grpo.config import Config, Domain, resolved
-from trimtab.grpo.mixture import rules, stable_seed
+from trimtab.grpo.sampling.mixture import rules, stable_seed
 from trimtab.rewards.judging.rubric import Rubric, RubricScore
 from trimtab.rewards.threads import Threads
 from trimtab.rewards.types import Answer, group_values, named_parts
@@ -44,7 +44,7 @@ async def all_satisfied(answer: str, rubric: Rubric, *, task: str = "") -> Rubri
 
 
 STAND_INS: Mapping[str, Any] = {"judge": yes, "grade": all_satisfied}
-"""What tasks may name (grpo/services.py), without a model behind it."""
+"""What tasks may name (grpo/sampling/services.py), without a model behind it."""
 
 
 def rehearse(config: Config, tasks: Mapping[str, Task], chat: Format | None) -> None:

@@ -20,12 +20,12 @@ from rich.table import Table
 from trimtab.environments.json_lines import json_line, read_json_lines
 from trimtab.grpo.config import Config, Domain, read_settings
 from trimtab.grpo.cost.clock import Clock
-from trimtab.grpo.mixture import PlayedBatch, draw_step
-from trimtab.grpo.players import Players
 from trimtab.grpo.runs.durable import replace_text
 from trimtab.grpo.runs.lock import locked
 from trimtab.grpo.runs.record import record_start
 from trimtab.grpo.runs.signals import Stop, Stopped, stop_on_signals
+from trimtab.grpo.sampling.mixture import PlayedBatch, draw_step
+from trimtab.grpo.sampling.players import Players
 from trimtab.grpo.setup.prepare import complete
 from trimtab.grpo.stages.config import Distillation
 from trimtab.rewards.language import SCRIPTS, language_consistency

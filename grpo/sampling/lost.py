@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from itertools import islice
 
 from trimtab.grpo.config import Config
-from trimtab.grpo.mixture import Draw, PlayedBatch
+from trimtab.grpo.sampling.mixture import Draw, PlayedBatch
 from trimtab.rollout.types import Lost
 
 ENOUGH = 8

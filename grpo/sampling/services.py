@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.grpo.config import Config, Judge
-from trimtab.grpo.mixture import chat_of
+from trimtab.grpo.sampling.mixture import chat_of
 from trimtab.rewards.judging.endpoint import Endpoint
 from trimtab.rewards.judging.model import JudgeModel, VerdictCache, yes_no
 from trimtab.rewards.judging.verdicts import grade

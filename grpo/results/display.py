@@ -12,7 +12,7 @@ from rich.table import Table
 from trimtab.grpo.config import Config
 from trimtab.grpo.cost.advice import advice
 from trimtab.grpo.cost.clock import PHASES
-from trimtab.grpo.intervals import paired_by_prompt
+from trimtab.grpo.results.intervals import paired_by_prompt
 
 COLUMNS: tuple[tuple[str, str, str], ...] = (  # header, metric, format
     ("KL", "kl", "{:.3f}"),

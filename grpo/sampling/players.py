@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from trimtab.grpo import services, sync
 from trimtab.grpo.config import Config, Rollout, resolved
 from trimtab.grpo.cost.clock import Clock
-from trimtab.grpo.mixture import Draw, PlayedBatch, chat_of, load_tasks, play_draws
+from trimtab.grpo.sampling import services, sync
+from trimtab.grpo.sampling.mixture import Draw, PlayedBatch, chat_of, load_tasks, play_draws
 from trimtab.grpo.trainer import Trainer
 from trimtab.rollout.checkpoint import policy_shape, read_config
 from trimtab.rollout.engine.engine import EngineConfig

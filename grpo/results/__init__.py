@@ -1,0 +1,1 @@
+"""What a run shows: metrics of a step, scores with intervals, expected curves, the live table."""
