@@ -8,6 +8,7 @@ of and what came out. Imports no torch.
 import ctypes
 import hashlib
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -205,6 +206,10 @@ def run(pipeline: Pipeline, folder: Path, console: Console) -> int:
 
 def _run(settings: Settings, folder: Path) -> int:
     """One stage in a process of its own, which saves and ends if this one dies. A folder that is there goes on."""
+    if isinstance(settings, Conversion | Demonstrations | Blank) and folder.exists():
+        return 0  # these are there whole or not at all
+    if folder.exists() and not (folder / "config.json").is_file():
+        shutil.rmtree(folder)  # cut off before anything was written
     words = [str(folder), "--resume"]
     if not folder.exists():
         file = folder.with_suffix(".json")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -123,6 +124,23 @@ def test_a_pipeline_that_is_killed_goes_on_to_the_same_weights_and_leaves_nobody
     for name in ("continued", "warm_up"):
         one, other = weights(whole / name), weights(home / "cut" / name)
         assert all((one[key] == other[key]).all() for key in one)
+
+
+def test_a_kill_between_a_stage_and_its_entry_costs_nothing(home):
+    """What was made whole is taken; a folder in which nothing was written yet begins anew."""
+    state_file = home / "runs" / "mine" / "pipeline.json"
+    assert pipeline(cwd=home).returncode == 0
+    state = json.loads(state_file.read_text())
+    made = (home / "runs/mine/convert/model-indexer.safetensors").stat().st_mtime_ns
+    for name in ("convert", "warm_up"):
+        del state[name]["output"]
+    state_file.write_text(json.dumps(state))
+    shutil.rmtree(home / "runs/mine/warm_up")
+    (home / "runs/mine/warm_up/checkpoints").mkdir(parents=True)
+    done = pipeline(cwd=home)
+    assert done.returncode == 0, done.stderr
+    assert (home / "runs/mine/convert/model-indexer.safetensors").stat().st_mtime_ns == made
+    assert "output" in json.loads(state_file.read_text())["warm_up"]
 
 
 def commands(home: Path) -> list[str]:

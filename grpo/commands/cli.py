@@ -131,7 +131,7 @@ def _pipeline(target: str, options: list[str]) -> int:
                 folder = Path(out)
             case _:
                 raise ValueError(f"a pipeline takes --out FOLDER and nothing else, got {' '.join(options)!r}")
-        return run(made, folder, Console())
+        return run(made, folder, Console(width=None if sys.stdout.isatty() else 160))
     except (ValueError, OSError) as error:
         print(theirs(error), end="", file=sys.stderr)
         return _fail(str(error))
