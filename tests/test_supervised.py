@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,15 +15,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from tiny import save_tiny, save_tiny_deepseek
+from tiny import INDEXED, save_tiny, save_tiny_deepseek
 from transformers import DeepseekV32ForCausalLM
 
 from trimtab.grpo.commands.cli import main
+from trimtab.grpo.cost.shape import shape_of
 from trimtab.grpo.policy.policy import load_policy
 from trimtab.grpo.policy.selection import measuring_selection
 from trimtab.grpo.recipes import STAGES
 from trimtab.grpo.stages.config import Supervised
 from trimtab.grpo.stages.data import Tokens, batches, packs, read_conversations, read_texts
+from trimtab.grpo.stages.memory import check_memory, need
 from trimtab.grpo.stages.supervised import SupervisedTrainer, on_plateau
 from trimtab.grpo.start import load_settings
 from trimtab.rollout.formats.template import load_format
@@ -212,6 +215,22 @@ def test_a_stage_survives_its_file(name, tmp_path):
     settings = STAGES[name]()
     (tmp_path / "config.json").write_text(settings.to_json())
     assert load_settings(tmp_path / "config.json") == settings
+
+
+def test_a_stage_that_does_not_fit_is_refused_with_what_would_make_it_fit():
+    shape = shape_of(INDEXED | {"architectures": ["DeepseekV32ForCausalLM"], "num_key_value_heads": 4})
+    settings = Supervised(max_len=512, precision="bf16", tokens_per_microbatch=8192)
+    enough = need(settings, shape)
+    check_memory(settings, shape, enough)
+    assert need(replace(settings, learns="indexer"), shape) < enough, "the frozen have no moments and no gradients"
+    with pytest.raises(
+        ValueError, match=r"the stage needs .* GiB, and this GPU has .*; with --offload optimizer it need"
+    ):
+        check_memory(settings, shape, need(replace(settings, offload="optimizer"), shape))
+    smallest = replace(settings, offload="optimizer", checkpoint_activations=True, tokens_per_microbatch=512)
+    assert need(smallest, shape) < 0.9 * enough
+    with pytest.raises(ValueError, match="take a GPU of 1 GiB or a smaller model"):
+        check_memory(settings, shape, need(smallest, shape) - 1)
 
 
 def train(*words: str, cwd: Path, timeout: float = 180) -> subprocess.CompletedProcess:

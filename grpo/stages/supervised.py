@@ -37,6 +37,7 @@ from trimtab.grpo.schedule import lr_factor
 from trimtab.grpo.setup.models import locate
 from trimtab.grpo.stages.config import Supervised
 from trimtab.grpo.stages.data import Corpus, Tokens, batches, packs, read_conversations, read_texts
+from trimtab.grpo.stages.memory import check_memory
 from trimtab.kernels import reference
 from trimtab.rollout.checkpoint import read_config
 
@@ -91,7 +92,10 @@ def _complete(config: Supervised) -> Supervised:
     if positions and max_len > positions:
         raise ValueError(f"max_len is {max_len}, but the model has {positions} positions; lower it")
     precision = config.precision or ("bf16" if torch.cuda.is_available() else "fp32")
-    return replace(config, model=str(model), max_len=max_len, precision=precision)
+    config = replace(config, model=str(model), max_len=max_len, precision=precision)
+    if torch.cuda.is_available():
+        check_memory(config, shape_of(read_config(model)), torch.cuda.mem_get_info()[0])
+    return config
 
 
 def _check_selection(config: Supervised, corpus: Corpus) -> None:
