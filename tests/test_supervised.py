@@ -285,6 +285,20 @@ def test_a_stage_stops_on_a_plateau(sparse, tmp_path):
     assert steps < 40 and (tmp_path / "run" / "checkpoints" / f"step-{steps:05d}").is_dir()
 
 
+def test_a_full_disk_is_told_at_the_end_and_the_stage_goes_on_when_there_is_room(sparse, tmp_path, small_disk):
+    """Lines fit into its 256 KiB, no checkpoint does."""
+    write_texts(tmp_path / "texts.jsonl")
+    run = small_disk / "run"
+    done = train("sparse", *QUICK, "--model", str(sparse), "--steps", "3", "--out", str(run), cwd=tmp_path)
+    assert done.returncode == 1 and "the stage is over, but its folder has no last checkpoint; make room" in done.stderr
+    assert "the checkpoint of step 3 could not be written" in done.stderr
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 3
+    subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
+    again = train(str(run), "--resume", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert (run / "checkpoints" / "step-00003").is_dir()
+
+
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_stage_that_is_killed_goes_on_to_the_same_weights(sparse, tmp_path, seed):
     """SIGKILL at a random moment, checkpoints included; then --resume. Without it: the same, to the bit."""

@@ -314,8 +314,9 @@ class SupervisedRun:
                         console.print(f"stopped after step {step + 1}; {remedy(folder.path)}")
                         return stop.exit_code
             folder.save_held_out(after=trainer.measure(self.corpus.held_out))
-            if not saving.save() or (owing := folder.owing()):
-                wrong = f"could not be written ({owing})" if saving.saved else "has no last checkpoint"
+            saved, owing = saving.save(), folder.owing()
+            if not saved or owing:
+                wrong = f"could not be written ({owing})" if saved else "has no last checkpoint"
                 raise OSError(f"the stage is over, but its folder {wrong}; make room")
         report(folder, console)
         return 0
