@@ -42,7 +42,7 @@ EVERY = (8, 16)
 """Steps between two faults from outside."""
 LIMIT_S = 240.0
 """For the outcome of a fault to be seen."""
-DISK_MIB = 96
+DISK_MIB = 192
 SETTLED = 15
 """Steps of a process before its memory is looked at."""
 
