@@ -182,6 +182,9 @@ class DsaAttention(nn.Module, AttentionLayerBase):
     A cached row holds the latent, the rotated rope key and the rotated indexer key of one token.
     """
 
+    watched: list[tuple[Tensor, Tensor, Tensor]] | None = None
+    """While somebody looks (selected): index queries, head weights and keys of the tokens of each step."""
+
     def __init__(self, config: DeepseekV32Config, prefix: str):
         super().__init__()
         c, vllm_config = config, get_current_vllm_config()
@@ -204,8 +207,6 @@ class DsaAttention(nn.Module, AttentionLayerBase):
         self.o_proj = Weight(torch.empty(c.hidden_size, self.H * self.V))
         self.q_a_layernorm, self.kv_a_layernorm = Norm(c.q_lora_rank, 1e-6), Norm(self.C, 1e-6)
         self.kv_cache = torch.empty(0)
-        self.watched: list[tuple[Tensor, Tensor, Tensor]] | None = None
-        """While somebody looks (selected): index queries, head weights and keys of the tokens of each step."""
         layers = vllm_config.compilation_config.static_forward_context
         assert prefix not in layers, prefix
         layers[prefix] = self
