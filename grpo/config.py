@@ -89,6 +89,15 @@ def percentile(text: str) -> float:
     return value
 
 
+class Settings:
+    """What something is run with: a dataclass that a file holds."""
+
+    __slots__ = ()
+
+    def to_json(self: Any) -> str:
+        return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LossSettings:
     """The GRPO objective of one domain."""
@@ -369,7 +378,7 @@ class Judge:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Config:
+class Config(Settings):
     """A whole run."""
 
     domains: dict[str, Domain]
@@ -455,9 +464,6 @@ class Config:
     def references(self) -> tuple[str, ...]:
         """Checkpoints that a KL is taken to, each once; empty: the model that the run starts from."""
         return tuple(dict.fromkeys(domain.teacher for domain in self.domains.values() if domain.loss.beta > 0))
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
 
     def save(self, path: Path) -> None:
         path.write_text(self.to_json())

@@ -22,16 +22,17 @@ from rich.console import Console
 from rich.table import Table
 
 from trimtab.environments.json_lines import read_json_lines
-from trimtab.grpo.config import Config, flat, load
+from trimtab.grpo.config import Config, Settings, flat, load
 from trimtab.grpo.runs.durable import replace_text
 from trimtab.grpo.runs.lock import locked
+from trimtab.grpo.setup.models import locate
 from trimtab.grpo.stages.config import Blank, Conversion, Demonstrations, Distillation, Supervised
-from trimtab.grpo.start import Settings
 from trimtab.rollout.checkpoint import read_config
 
 REFERENCE = "stage:"
-SAMPLE = 1 << 20
-"""Bytes of a file's beginning and end that tell it from another of its size."""
+PIECE = 1 << 20
+WHOLE = 1 << 30
+"""Larger files are told apart by a piece in every 64, smaller ones by all of it."""
 PLACEMENT = ("out", "offload", "tokens_per_microbatch", "checkpoint_activations", "save_every", "run_gib", "trackers")
 """Settings that change nothing of what comes out."""
 
@@ -143,8 +144,8 @@ def _check(settings: Any) -> None:
     if isinstance(settings, Blank):
         load(settings.shape)
     for model in _models(settings):
-        if not model.startswith((REFERENCE, "package:")) and not Path(model).exists() and "/" not in model:
-            raise ValueError(f"no checkpoint at {model}")
+        if not model.startswith(REFERENCE):
+            locate(model)
 
 
 def _models(settings: Any) -> Iterator[str]:
@@ -249,16 +250,16 @@ def inputs_of(settings: Settings, outputs: Mapping[str, Path]) -> dict[str, Any]
 
 
 def signature(path: Path) -> str:
-    """Tells what a file or folder holds: names, sizes, and the beginning and end of every file."""
+    """Tells what a file or folder holds: names, sizes and contents, of files above WHOLE a share of them."""
     digest = hashlib.sha256()
     for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
         if file.is_file() and file.name != "lock":
             size = file.stat().st_size
             digest.update(f"{file.relative_to(path) if path.is_dir() else file.name} {size}".encode())
             with file.open("rb") as stream:
-                digest.update(stream.read(SAMPLE))
-                stream.seek(max(size - SAMPLE, 0))
-                digest.update(stream.read(SAMPLE))
+                for start in range(0, size, PIECE if size <= WHOLE else 64 * PIECE):
+                    stream.seek(start)
+                    digest.update(stream.read(PIECE))
     return digest.hexdigest()[:16]
 
 

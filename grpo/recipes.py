@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from trimtab.grpo.config import Config, Domain, Judge, LossSettings, Rollout, load
+from trimtab.grpo.pipeline import Pipeline
 from trimtab.grpo.stages.config import Blank, Conversion, Demonstrations, Distillation, Indexer, Supervised
 from trimtab.rollout.types import Sampling
 
@@ -100,11 +101,9 @@ RECIPES: dict[str, Callable[[], Config]] = {"quickstart": quickstart, "smollm2":
 STAGES: dict[str, Callable[[], Supervised]] = {"pretrain": pretrain, "warm_up": warm_up, "sparse": sparse, "sft": sft}
 
 
-def stages_quickstart() -> Any:
+def stages_quickstart() -> Pipeline:
     """All stages in miniature, on two CPU cores: a dense model from nothing becomes sparse, specialists are trained
     from it, their data makes one model, and one mixed RL stage finishes it."""
-    from trimtab.grpo.pipeline import Pipeline
-
     rl = quickstart()
     shown = Demonstrations(domains=rl.domains, conversations=6000, judge=1.0)
     supervised = Supervised(
@@ -155,7 +154,7 @@ def stages_quickstart() -> Any:
     )
 
 
-PIPELINES: dict[str, Callable[[], Any]] = {"quickstart": stages_quickstart}
+PIPELINES: dict[str, Callable[[], Pipeline]] = {"quickstart": stages_quickstart}
 
 
 def find_pipeline(name: str) -> Callable[[], Any]:

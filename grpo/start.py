@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from trimtab.grpo.config import Config, read_settings
+from trimtab.grpo.config import Config, Settings, read_settings
 from trimtab.grpo.stages.config import Blank, Conversion, Demonstrations, Distillation, Supervised
 
-Settings = Config | Supervised | Distillation | Conversion | Demonstrations | Blank
 KINDS: tuple[tuple[str, Any], ...] = (
     ("group_size", Config),
     ("form", Supervised),
@@ -96,3 +95,4 @@ def prepare(settings: Settings, folder: Path, *, resume: bool) -> Run:
             from trimtab.grpo.stages.beginning import write_blank
 
             return Once(folder, lambda out: write_blank(settings, out))
+    raise TypeError(f"no loop for {type(settings).__name__}")

@@ -29,7 +29,7 @@ from trimtab.grpo.runs.folder import RunFolder, remedy
 from trimtab.grpo.runs.ledger import ledger_row
 from trimtab.grpo.runs.record import record_start
 from trimtab.grpo.runs.saving import Saving
-from trimtab.grpo.runs.signals import Stop, Stopped, stop_on_signals
+from trimtab.grpo.runs.signals import Stop, until_stopped
 from trimtab.grpo.sampling.lost import LostGroups, TooManyLost, without_advantage
 from trimtab.grpo.sampling.mixture import PlayedBatch, draw_held_out, draw_step, part_means, prompt_scores, scores
 from trimtab.grpo.sampling.players import Players
@@ -91,13 +91,7 @@ class Run:
         Raises:
             Exception: of a reward, a judge, an engine: the last whole step is saved.
         """
-        console = Console()
-        with stop_on_signals(console.print) as stop:
-            try:
-                return self._train(console, stop)
-            except Stopped as stopped:
-                console.print(f"stopped; {remedy(self.path)}")
-                return stopped.exit_code
+        return until_stopped(self._train, lambda: remedy(self.path))
 
     def _train(self, console: Console, stop: Stop) -> int:
         config = self.config

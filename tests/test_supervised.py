@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +21,8 @@ from transformers import DeepseekV32ForCausalLM
 
 from trimtab.grpo.commands.cli import main
 from trimtab.grpo.cost.shape import shape_of
+from trimtab.grpo.policy import selection
 from trimtab.grpo.policy.policy import load_policy
-from trimtab.grpo.policy.selection import measuring_selection
 from trimtab.grpo.recipes import STAGES
 from trimtab.grpo.stages.config import Supervised
 from trimtab.grpo.stages.data import Tokens, batches, packs, read_conversations, read_texts
@@ -114,8 +115,10 @@ def test_neither_loss_reaches_the_parameters_of_the_other(sparse, dense):
         assert gradient.abs().max() > 0, name
 
 
-def test_the_selected_mass_is_the_dense_attention_of_transformers_on_the_selected_keys(tmp_path):
+@pytest.mark.parametrize("at_once", [1, 2000, 1 << 25])
+def test_the_selected_mass_is_the_dense_attention_of_transformers_on_the_selected_keys(tmp_path, monkeypatch, at_once):
     """An indexer without queries scores all keys 0, and of equals the 16 earliest are selected."""
+    monkeypatch.setattr(selection, "AT_ONCE", at_once)
     save_tiny(tmp_path / "dense", "DeepseekV3ForCausalLM")
     model = save_tiny_deepseek(tmp_path / "sparse")
     for layer in model.model.layers:
@@ -126,8 +129,13 @@ def test_the_selected_mass_is_the_dense_attention_of_transformers_on_the_selecte
     policy.config.index_topk = 16
     lengths = (40, 10, 33)
     ids_N = torch.from_numpy(np.concatenate([one.ids_N for one in sequences(*lengths)])).long()
-    with torch.no_grad(), measuring_selection(policy) as mass:
-        policy(ids_N, torch.tensor([0, 40, 50, 83]), dense_attention=True, with_indexer_kl=True)
+    call = partial(policy, ids_N, torch.tensor([0, 40, 50, 83]), dense_attention=True, with_indexer_kl=True)
+    with torch.no_grad(), selection.measuring_selection(policy) as mass:
+        measured = call()
+    with torch.no_grad():
+        plain = call()
+    torch.testing.assert_close(measured.hidden_ND, plain.hidden_ND, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(measured.indexer_kl_N, plain.indexer_kl_N, rtol=1e-4, atol=1e-5)
     wholly = DeepseekV32ForCausalLM.from_pretrained(tmp_path / "sparse", attn_implementation="eager").eval()
     found = [[] for _ in range(3)]
     for ids in ids_N.split(lengths):

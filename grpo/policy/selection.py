@@ -4,17 +4,20 @@ Shape suffixes: B = sequences of a block, T = its longest, M = keys (= T), H = h
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from trimtab.grpo.policy.attention import Attend, Index, Latents, attend_dense
+from trimtab.grpo.policy.attention import Attend, Index, Latents
 from trimtab.grpo.policy.parts import Block
 from trimtab.grpo.policy.policy import Policy
 from trimtab.kernels import reference
+
+AT_ONCE = 1 << 25
+"""Scores of one kind that exist at a time: 128 MiB in fp32, whatever the length of a sequence."""
 
 
 class Mass:
@@ -35,18 +38,19 @@ class Mass:
         self, mla: nn.Module, latents: Latents, index: Index | None, block: Block, topk: int, with_kl: bool
     ) -> tuple[Tensor, Tensor | None]:
         """Dense attention (attention.Attend) that takes note of what the selection would have kept of it."""
-        assert index is not None and topk >= block.T, "measured where attention is dense and the indexer is computed"
-        out_BTHV, kl_BT = attend_dense(mla, latents, index, block, topk, with_kl)
-        if self._topk < block.T:
-            prob_BHTM, _ = _attention(mla, latents, block.causal_TM)
-            selected_BTM = reference.select(index.scores(block.causal_TM), self._topk)
-            mass_BT = (prob_BHTM.mean(1) * selected_BTM).sum(-1)
-            real_BT = torch.arange(block.T) < torch.tensor(block.lengths)[:, None]
-            real_BT[:, : self._topk] = False
-            layer = self._layers[id(mla)]
-            self._selected[layer] += float(mass_BT.cpu()[real_BT].sum())
-            self._queries[layer] += int(real_BT.sum())
-        return out_BTHV, kl_BT
+        assert index is not None and topk >= block.T and with_kl, "measured where attention is dense, with its KL"
+        length_B1 = torch.tensor(block.lengths, device=latents.q_BTHD.device)[:, None]
+        layer = self._layers[id(mla)]
+        outs, kls = [], []
+        for query_T, visible_TM, score_BTM, attend in _by_queries(mla, latents, index, block):
+            prob_BHTM, out_BTHV = attend(visible_TM)
+            outs.append(out_BTHV)
+            kls.append(reference.indexer_kl(score_BTM, prob_BHTM.sum(1), visible_TM.expand_as(score_BTM)))
+            mass_BT = (prob_BHTM.mean(1) * reference.select(score_BTM, self._topk)).sum(-1)
+            counts_BT = (query_T < length_B1) & (query_T >= self._topk)
+            self._selected[layer] += float(mass_BT[counts_BT].sum())
+            self._queries[layer] += int(counts_BT.sum())
+        return torch.cat(outs, 1), torch.cat(kls, 1)
 
 
 class Chosen:
@@ -64,11 +68,16 @@ class Chosen:
     ) -> tuple[Tensor, Tensor | None]:
         """Sparse attention (attention.Attend) that takes note of what it does."""
         assert index is not None and topk == self._topk < block.T and len(block.lengths) == 1
-        selected_BTM = reference.select(index.scores(block.causal_TM), topk)
-        prob_BHTM, out_BTHV = _attention(mla, latents, selected_BTM)
-        self.selected.append(selected_BTM[0, topk:].cpu())
-        self.attention.append(prob_BHTM.mean(1)[0, topk:].cpu())
-        return out_BTHV, None
+        outs, selected, attention = [], [], []
+        for _, _, score_BTM, attend in _by_queries(mla, latents, index, block):
+            selected_BTM = reference.select(score_BTM, topk)
+            prob_BHTM, out_BTHV = attend(selected_BTM)
+            outs.append(out_BTHV)
+            selected.append(selected_BTM[0].cpu())
+            attention.append(prob_BHTM.mean(1)[0].cpu())
+        self.selected.append(torch.cat(selected)[topk:])
+        self.attention.append(torch.cat(attention)[topk:])
+        return torch.cat(outs, 1), None
 
 
 def agreement(chosen: Chosen, theirs_L: Sequence[Tensor]) -> tuple[list[float], list[float]]:
@@ -86,20 +95,37 @@ def agreement(chosen: Chosen, theirs_L: Sequence[Tensor]) -> tuple[list[float], 
     return ids, mass
 
 
-def _attention(mla: nn.Module, latents: Latents, seen_BTM: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention over the keys seen [B, H, T, M], and the values that it gives [B, T, H, V]."""
+Seen = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""Keys that some queries see, bool [..., T, M] -> their attention [B, H, T, M] and the values it gives [B, T, H, V]."""
+
+
+def _by_queries(
+    mla: nn.Module, latents: Latents, index: Index, block: Block
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Seen]]:
+    """A block in parts of AT_ONCE scores: positions of the queries [T], which keys they may see [T, M], their index
+    scores [B, T, M], and attention to come."""
     m: Any = mla
-    kv_BTHD = m.kv_b_proj(latents.latent_BTC).unflatten(-1, (m.num_heads, -1))
-    k_nope, v_BTHV = kv_BTHD.split([m.qk_nope_head_dim, m.v_head_dim], -1)
-    k_rope = latents.k_rope_BTR[:, :, None].expand(-1, -1, m.num_heads, -1)
-    prob_BHTM = reference.masked_prob(latents.q_BTHD, torch.cat([k_nope, k_rope], -1), seen_BTM, m.scaling)
-    return prob_BHTM, torch.matmul(prob_BHTM.to(v_BTHV.dtype), v_BTHV.transpose(1, 2)).transpose(1, 2)
+    kv_BMHD = m.kv_b_proj(latents.latent_BTC).unflatten(-1, (m.num_heads, -1))
+    k_nope, v_BMHV = kv_BMHD.split([m.qk_nope_head_dim, m.v_head_dim], -1)
+    k_BMHD = torch.cat([k_nope, latents.k_rope_BTR[:, :, None].expand(-1, -1, m.num_heads, -1)], -1)
+    heads = max(m.num_heads, index.q_BTHD.shape[2])
+    position_M = torch.arange(block.T, device=k_BMHD.device)
+    for query_T in position_M.split(max(AT_ONCE // (len(block.lengths) * block.T * heads), 1)):
+        asked = slice(int(query_T[0]), int(query_T[-1]) + 1)
+        part = Index(index.q_BTHD[:, asked], index.k_BTD, index.w_BTH[:, asked])
+
+        def attend(seen_TM: Tensor, q_BTHD: Tensor = latents.q_BTHD[:, asked]) -> tuple[Tensor, Tensor]:
+            prob_BHTM = reference.masked_prob(q_BTHD, k_BMHD, seen_TM, m.scaling)
+            return prob_BHTM, torch.matmul(prob_BHTM.to(v_BMHV.dtype), v_BMHV.transpose(1, 2)).transpose(1, 2)
+
+        visible_TM = position_M <= query_T[:, None]
+        yield query_T, visible_TM, part.scores(visible_TM), attend
 
 
 @contextmanager
 def measuring_selection(policy: Policy) -> Iterator[Mass]:
-    """Inside, a policy with an indexer that is called with dense_attention and with_indexer_kl fills the sums. It
-    attends in rectangles, with time and memory that grow with the square of a sequence's length."""
+    """Inside, a policy with an indexer that is called with dense_attention and with_indexer_kl fills the sums,
+    without gradient; time grows with the square of a sequence's length."""
     mass = Mass(policy)
     with _attending(policy, mass.attend):
         yield mass
@@ -108,7 +134,7 @@ def measuring_selection(policy: Policy) -> Iterator[Mass]:
 @contextmanager
 def noting_selection(policy: Policy) -> Iterator[Chosen]:
     """Inside, a policy with an indexer that is called with one sequence of more than index_topk tokens notes what it
-    selects; time and memory grow with the square of the length."""
+    selects, without gradient; time grows with the square of the length, and what it notes too."""
     chosen = Chosen(policy)
     with _attending(policy, chosen.attend):
         yield chosen

@@ -10,21 +10,16 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from trimtab.environments.base import Message
 from trimtab.environments.json_lines import json_line, read_json_lines
+from trimtab.grpo.config import Settings
 from trimtab.grpo.runs.checkpoints import Checkpoints
 from trimtab.grpo.runs.durable import Owed, append_text, replace_text
 from trimtab.grpo.runs.lock import locked
 from trimtab.rewards import bounds
 from trimtab.rollout.types import Group, Lost
-
-
-class Settings(Protocol):
-    """What a run is trained with."""
-
-    def to_json(self) -> str: ...
 
 
 class RunFolder:
@@ -201,6 +196,8 @@ def remedy(path: Path) -> str:
     folder = RunFolder(path)
     if folder.checkpoints.all():
         return f"checkpoints are whole, go on with: trimtab train {path} --resume"
+    if (path / "sampled").is_dir():
+        return f"what was sampled is kept, go on with: trimtab train {path} --resume"
     if folder.config.is_file():
         return f"nothing was saved yet, begin again with: trimtab train {path} --resume"
     return "nothing had begun: start it anew"

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from rich.console import Console
+
 TOGETHER = 0.5
 """Seconds within which signals are one: whoever stops a group of processes reaches some of them twice."""
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -45,6 +47,11 @@ class Stop:
         for number in SIGNALS:
             signal.signal(number, self._handle)
 
+    def now_if_asked(self) -> None:
+        """Raises: Stopped: a signal came."""
+        if self._number is not None:
+            raise Stopped(self._number)
+
     @contextmanager
     def after_the_step(self) -> Iterator[None]:
         """Inside, the first signal waits for the step to end, as there is something to lose.
@@ -52,8 +59,7 @@ class Stop:
         Raises:
             Stopped: at the beginning, where a signal came just before.
         """
-        if self._number is not None:
-            raise Stopped(self._number)
+        self.now_if_asked()
         self._at_once = False
         try:
             yield
@@ -82,3 +88,14 @@ def stop_on_signals(tell: Callable[[str], None]) -> Iterator[Stop]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def until_stopped(work: Callable[[Console, Stop], int], remedy: Callable[[], str]) -> int:
+    """The exit code of work, or of the signal that ended it, which is said with the remedy."""
+    console = Console()
+    with stop_on_signals(console.print) as stop:
+        try:
+            return work(console, stop)
+        except Stopped as stopped:
+            console.print(f"stopped; {remedy()}")
+            return stopped.exit_code

@@ -121,7 +121,8 @@ class Players:
                 score=trainer.score,
                 checksums=lambda: checksums(trainer.stream()),
             )
-            return {"probe_difference": difference} | self._selection(trainer)
+            found = {"probe_difference": difference}
+            return found | self._selection(trainer) if version % self._config.save_every == 0 else found
 
     def _selection(self, trainer: Trainer) -> dict[str, float]:
         """How far engines and policy select the same keys; nothing where none of the sequences is long enough."""

@@ -1,16 +1,15 @@
 """What stages other than RL are, as frozen dataclasses. Imports no torch."""
 
-import json
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Literal
 
-from trimtab.grpo.config import Domain, Judge, Rollout
+from trimtab.grpo.config import Domain, Judge, Rollout, Settings
 from trimtab.rollout.types import Sampling
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Supervised:
+class Supervised(Settings):
     """Training on what is there already: texts, or what assistants say in conversations."""
 
     out: str = ""
@@ -68,8 +67,6 @@ class Supervised:
     """Rows of the data, its last ones, that are measured before and after and never trained on."""
     save_every: int = 100
     """Steps between checkpoints; the two newest are kept."""
-    run_gib: float = 20.0
-    """What the run's folder may hold, checkpoints aside."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -85,7 +82,7 @@ class Supervised:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        for name in ("lr", "max_grad_norm", "epochs", "run_gib"):
+        for name in ("lr", "max_grad_norm", "epochs"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be above 0 and finite, got {getattr(self, name)}")
         for name in ("warmup_steps", "weight_decay", "indexer_kl", "prompt_weight", "seed"):
@@ -101,12 +98,9 @@ class Supervised:
     def text_field(self) -> str:
         return self.field or ("text" if self.form == "text" else "messages")
 
-    def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Distillation:
+class Distillation(Settings):
     """Answers of specialists become conversations to learn from: those that are right, short, and said once.
 
     Every domain names the specialist that plays it as its teacher; one that is to be learnt with thinking and without
@@ -154,9 +148,6 @@ class Distillation:
         if not 0 <= self.min_language <= 1:
             raise ValueError(f"min_language is a share of words in [0, 1], got {self.min_language}")
 
-    def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Indexer:
@@ -179,19 +170,16 @@ class Indexer:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Conversion:
+class Conversion(Settings):
     """A dense checkpoint with latent attention becomes a sparse one (stages/convert.py)."""
 
     model: str
     out: str = ""
     indexer: Indexer = field(default_factory=Indexer)
 
-    def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Demonstrations:
+class Demonstrations(Settings):
     """Conversations that tasks themselves show, for a policy that starts from nothing."""
 
     domains: dict[str, Domain]
@@ -206,12 +194,9 @@ class Demonstrations:
         if self.conversations < 1 or not self.domains:
             raise ValueError(f"demonstrations need domains and a number of conversations, got {self.conversations}")
 
-    def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Blank:
+class Blank(Settings):
     """A model without weights: a shape, and a tokenizer in DeepSeek-V3.2's format, learnt from what it will read."""
 
     shape: str
@@ -224,6 +209,3 @@ class Blank:
     def __post_init__(self) -> None:
         if self.vocab_size < 512:
             raise ValueError(f"vocab_size must be at least 512 (256 bytes, markup and words), got {self.vocab_size}")
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"

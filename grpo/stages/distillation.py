@@ -21,9 +21,10 @@ from trimtab.environments.json_lines import json_line, read_json_lines
 from trimtab.grpo.config import Config, Domain, read_settings
 from trimtab.grpo.cost.clock import Clock
 from trimtab.grpo.runs.durable import replace_text
+from trimtab.grpo.runs.folder import remedy
 from trimtab.grpo.runs.lock import locked
 from trimtab.grpo.runs.record import record_start
-from trimtab.grpo.runs.signals import Stop, Stopped, stop_on_signals
+from trimtab.grpo.runs.signals import Stop, until_stopped
 from trimtab.grpo.sampling.mixture import PlayedBatch, draw_step
 from trimtab.grpo.sampling.players import Players
 from trimtab.grpo.setup.prepare import complete
@@ -122,13 +123,7 @@ class DistillationRun:
         Raises:
             ValueError: nothing is left of what was sampled.
         """
-        console = Console()
-        with stop_on_signals(console.print) as stop:
-            try:
-                return self._sample_and_select(console, stop)
-            except Stopped as stopped:
-                console.print(f"stopped; what was sampled is kept, go on with: trimtab train {self.path} --resume")
-                return stopped.exit_code
+        return until_stopped(self._sample_and_select, lambda: remedy(self.path))
 
     def _sample_and_select(self, console: Console, stop: Stop) -> int:
         (self.path / "sampled").mkdir(parents=True, exist_ok=True)
@@ -171,8 +166,7 @@ class DistillationRun:
                 right = [row["score"] >= self.config.at_least for row in rows_of(played, part) if "score" in row]
                 share = sum(right) / len(right) if right else 0.0
                 console.print(f"batch {i + 1}/{batches}: {len(right)} answers, {share:.0%} right", highlight=False)
-            if stop.asked():
-                raise Stopped(stop.exit_code - 128)
+            stop.now_if_asked()
 
     def _file(self, number: int, batch: int) -> Path:
         return self.path / "sampled" / f"specialist-{number}-batch-{batch:05d}.jsonl"

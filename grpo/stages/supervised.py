@@ -32,7 +32,7 @@ from trimtab.grpo.runs.checkpoints import step_of
 from trimtab.grpo.runs.folder import RunFolder, remedy
 from trimtab.grpo.runs.record import record_start
 from trimtab.grpo.runs.saving import Saving
-from trimtab.grpo.runs.signals import Stop, Stopped, stop_on_signals
+from trimtab.grpo.runs.signals import Stop, until_stopped
 from trimtab.grpo.schedule import lr_factor
 from trimtab.grpo.setup.models import locate
 from trimtab.grpo.stages.config import Supervised
@@ -273,13 +273,7 @@ class SupervisedRun:
         Raises:
             Exception: Diverged, a full disk: the last whole step is saved.
         """
-        console = Console()
-        with stop_on_signals(console.print) as stop:
-            try:
-                return self._train(console, stop)
-            except Stopped as stopped:
-                console.print(f"stopped; {remedy(self.path)}")
-                return stopped.exit_code
+        return until_stopped(self._train, lambda: remedy(self.path))
 
     def _train(self, console: Console, stop: Stop) -> int:
         config, first = self.config, step_of(self.checkpoint) if self.checkpoint else 0
@@ -297,22 +291,27 @@ class SupervisedRun:
                 folder.save_held_out(before=trainer.measure(self.corpus.held_out))
             saving = Saving(folder, trainer, first, model=Path(config.model))
             data = batches(self.corpus.train, tokens=config.tokens_per_step, seed=config.seed, start=first)
+            name = "indexer_kl" if config.learns == "indexer" else "loss"
+            values = [row[name] for row in folder.metrics()] if config.plateau else []
             with saving.on_failure():
                 for step in range(first, config.steps):
+                    if config.plateau and on_plateau(values, config.plateau):
+                        fall = f"it fell by less than {FALL:.0%} in {config.plateau} steps"
+                        console.print(f"{name} has come to rest: {fall}", highlight=False)
+                        break
                     with stop.after_the_step():
                         row = self._step(trainer, meter, next(data), step)
                         saving.trained(step + 1)
                         folder.log(row)
+                        values.append(row[name])
                         if (step + 1) % max(config.steps // LINES, 1) == 0 or step + 1 == config.steps:
                             console.print(_line(row, config.steps), highlight=False, soft_wrap=True)
-                        last = step + 1 == config.steps or self._is_done(folder, console)
                         with trainer.clock.phase("saving"):
-                            saving.after_step(due=(step + 1) % config.save_every == 0 or last or stop.asked())
-                    if last:
-                        break
+                            saving.after_step(due=(step + 1) % config.save_every == 0 or stop.asked())
                     if stop.asked():
                         console.print(f"stopped after step {step + 1}; {remedy(folder.path)}")
                         return stop.exit_code
+            saving.save()
             folder.save_held_out(after=trainer.measure(self.corpus.held_out))
             saved, owing = saving.save(), folder.owing()
             if not saved or owing:
@@ -333,17 +332,6 @@ class SupervisedRun:
         work = Work(lengths=lengths, sampled=sum(lengths) if config.prompt_weight else asked)
         counts = {"tokens": sum(lengths), "asked_tokens": asked, "sequences": len(batch)}
         return {"step": step, **found, "lr": config.lr * factor, **counts, **meter.metrics(work)}
-
-    def _is_done(self, folder: RunFolder, console: Console) -> bool:
-        """Whether the loss has come to rest, if that ends the stage."""
-        if self.config.plateau is None:
-            return False
-        name = "indexer_kl" if self.config.learns == "indexer" else "loss"
-        values = [row[name] for row in folder.metrics()]
-        if not on_plateau(values, self.config.plateau):
-            return False
-        console.print(f"{name} has come to rest: it fell by less than {FALL:.0%} in {self.config.plateau} steps")
-        return True
 
 
 def on_plateau(values: Sequence[float], window: int) -> bool:
