@@ -1,7 +1,7 @@
 """What a layer of the engine's DSA policy computes between its matrix products, each part in one launch.
 
 A step of a small policy is as long as its launches. Roundings are those of the plain PyTorch in rollout/engine/
-dsa_modules.py, which is the spec: sums in fp32, a result of each named operation in the type of its input.
+dsa/modules.py, which is the spec: sums in fp32, a result of each named operation in the type of its input.
 
 Shape suffixes: N = tokens of a step, H = heads, R = rope width, C = latent width, Q = compressed query width,
 W = C + R, D = index head width or any width, E = experts, K = experts a token.

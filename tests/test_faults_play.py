@@ -435,10 +435,11 @@ def test_the_command_shows_the_line_of_the_users_reward(tmp_path, capsys):
     assert shown.splitlines()[-1].startswith("trimtab: domain d: ") and not (tmp_path / "run").exists()
 
 
-def test_void_is_no_fault_of_the_rehearsal():
+def test_void_is_no_fault_of_the_rehearsal(capsys):
     class Task:
         def sample(self, rng, *, held_out=False):
             return lambda: Scene([VoidEpisode("no server yet")])
 
     config = with_lengths(Config(domains={"d": Domain(task="x:Y")}, rollout=Rollout(max_len=400)))
     rehearse(config, {"d": Task()}, CHAT)
+    assert capsys.readouterr().err == "", "nothing is refused, and nothing is said to be wrong"

@@ -1,5 +1,6 @@
 """What a run has done survives kills, full disks, damage and second processes."""
 
+import fcntl
 import os
 import resource
 import shlex
@@ -97,11 +98,23 @@ def test_a_second_process_on_one_folder_is_refused_until_the_first_has_ended(fol
         pass
 
 
+def _is_held(lock: Path) -> bool:
+    """As another process sees it."""
+    with lock.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        fcntl.flock(file, fcntl.LOCK_UN)
+        return False
+
+
 def test_a_lock_is_let_go_when_what_it_guards_fails(tmp_path):
-    with suppress(KeyError), locked(tmp_path / "lock", "it"):
-        raise KeyError
-    with locked(tmp_path / "lock", "it"):
-        pass
+    lock = tmp_path / "lock"
+    with pytest.raises(ZeroDivisionError), locked(lock, "it"):
+        assert _is_held(lock)
+        1 / 0  # noqa: B018
+    assert not _is_held(lock)
 
 
 # ---- JSON Lines

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from trimtab.kernels import decoder, reference
 from trimtab.kernels.swiglu import swiglu
-from trimtab.rollout.engine.dsa_paged import DecodeStep, plan_step
+from trimtab.rollout.engine.dsa.paged import DecodeStep, plan_step
 from trimtab.rollout.types import Request, Sampling
 
 BLOCK, C, R, D, INDEX_H = 16, 512, 64, 128, 16

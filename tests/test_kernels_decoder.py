@@ -10,7 +10,7 @@ from kernel_checks import DEVICE, DTYPES, FORWARD, poisoned, relative_error
 from torch import Tensor
 
 from trimtab.kernels import decoder
-from trimtab.rollout.engine.dsa_modules import Router, rotate_halves, rotate_pairs
+from trimtab.rollout.engine.dsa.modules import Router, rotate_halves, rotate_pairs
 
 
 def numbers(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:

@@ -17,7 +17,7 @@ def angles(N: int, R: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tens
     return angle_NR.cos().to(DEVICE, dtype), angle_NR.sin().to(DEVICE, dtype)
 
 
-def check(kernel, spec, inputs: list[torch.Tensor], constants: tuple = ()) -> None:
+def assert_meets(kernel, spec, inputs: list[torch.Tensor], constants: tuple = ()) -> None:
     """Results and gradients of kernel(*inputs, *constants), those of spec in float64 beside them."""
     dtype = inputs[0].dtype
     with poisoned():
@@ -42,7 +42,7 @@ SHAPES = [(1, 1, 1, 2), (63, 3, 1, 24), (17, 4, 2, 64), (33, 2, 2, 128)]  # N, q
 @pytest.mark.parametrize(("N", "Q", "K", "D"), SHAPES)
 def test_rotation_equals_its_specification_forward_and_backward(N, Q, K, D, dtype):
     q_NHD, k_NHD = leaves(dtype, (N, Q, D), (N, K, D))
-    check(rotary.rotate_halves, reference.rotate_halves, [q_NHD, k_NHD], angles(N, D // 2, dtype))
+    assert_meets(rotary.rotate_halves, reference.rotate_halves, [q_NHD, k_NHD], angles(N, D // 2, dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -51,7 +51,7 @@ def test_normed_rotation_equals_its_specification_forward_and_backward(monkeypat
     monkeypatch.setattr(rotary, "PARTS", 3)  # a program then adds up several blocks
     q_NHD, k_NHD, q_D, k_D = leaves(dtype, (N, Q, D), (N, K, D), (D,), (D,))
     cos_NR, sin_NR = angles(N, D // 2, dtype)
-    check(
+    assert_meets(
         lambda q, k, qw, kw, cos, sin: rotary.normed_rotation(q, k, cos, sin, qw, kw, 1e-6),
         lambda q, k, qw, kw, cos, sin: reference.normed_rotation(q, k, cos, sin, qw, kw, 1e-6),
         [q_NHD, k_NHD, q_D, k_D],
@@ -81,9 +81,9 @@ def test_queries_and_keys_may_be_parts_of_one_product():
 @pytest.mark.parametrize(("N", "W"), [(1, 1), (63, 100), (5, 2000)])
 def test_swiglu_of_one_product_and_of_two_equals_its_specification(N, W, dtype):
     (gate_up_N2W,) = leaves(dtype, (N, 2 * W))
-    check(swiglu.swiglu, reference.swiglu, [gate_up_N2W])
+    assert_meets(swiglu.swiglu, reference.swiglu, [gate_up_N2W])
     gate_NW, up_NW = leaves(dtype, (N, W), (N, W))
-    check(swiglu.gated, lambda gate, up: reference.swiglu(torch.cat([gate, up], -1)), [gate_NW, up_NW])
+    assert_meets(swiglu.gated, lambda gate, up: reference.swiglu(torch.cat([gate, up], -1)), [gate_NW, up_NW])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -91,7 +91,7 @@ def test_swiglu_of_one_product_and_of_two_equals_its_specification(N, W, dtype):
 def test_a_residual_norm_equals_its_specification_forward_and_backward(monkeypatch, N, D, dtype):
     monkeypatch.setattr(add_norm, "PARTS", 5)
     x_ND, y_ND, weight_D = leaves(dtype, (N, D), (N, D), (D,))
-    check(add_norm.add_rms_norm, reference.add_rms_norm, [x_ND, y_ND, weight_D], (1e-6,))
+    assert_meets(add_norm.add_rms_norm, reference.add_rms_norm, [x_ND, y_ND, weight_D], (1e-6,))
 
 
 def test_nothing_in_gives_nothing_out():

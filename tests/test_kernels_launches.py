@@ -41,7 +41,7 @@ JITFunction.run = record
 
 from trimtab.kernels import decoder, indexer, masked_mha, sparse_mla
 from trimtab.kernels.swiglu import swiglu
-from trimtab.rollout.engine.dsa_paged import DecodeStep
+from trimtab.rollout.engine.dsa.paged import DecodeStep
 
 H, topk, width, dtype = int(sys.argv[1]), 2048, 8192, torch.bfloat16
 nope, C, R, D, index_H, Q, hidden = 128, 512, 64, 128, 16, 768, 1536

@@ -29,7 +29,7 @@ def _say(path: Path, **config: Any) -> Path:
     return path
 
 
-def _refused(path: Path, sentence: str) -> None:
+def assert_refused(path: Path, sentence: str) -> None:
     for read in (check_checkpoint, load_policy):
         with pytest.raises(ValueError, match=re.escape(sentence)) as error:
             read(path)
@@ -78,15 +78,15 @@ ROPE = {"rope_theta": 1e4, "factor": 4.0}
     ],
 )
 def test_settings_and_weights_that_do_not_fit_are_named(name, config, sentence, tmp_path):
-    _refused(_save(tmp_path, name, **config), sentence)
+    assert_refused(_save(tmp_path, name, **config), sentence)
 
 
 def test_no_checkpoint_and_no_configuration_are_named(tmp_path):
-    _refused(tmp_path / "nowhere", "no checkpoint at")
+    assert_refused(tmp_path / "nowhere", "no checkpoint at")
     (tmp_path / "config.json").write_text("{")
-    _refused(tmp_path, "names no architecture")
+    assert_refused(tmp_path, "names no architecture")
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    _refused(tmp_path, "names no architecture")
+    assert_refused(tmp_path, "names no architecture")
 
 
 def test_missing_torn_and_foreign_files_are_named(tmp_path):
@@ -94,11 +94,11 @@ def test_missing_torn_and_foreign_files_are_named(tmp_path):
     weights = tmp_path / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-4])
-    _refused(tmp_path, f"cut off at {len(whole) - 4} of {len(whole)} bytes")
+    assert_refused(tmp_path, f"cut off at {len(whole) - 4} of {len(whole)} bytes")
     weights.write_bytes(b"version https://git-lfs.github.com/spec/v1")
-    _refused(tmp_path, "is not a safetensors file")
+    assert_refused(tmp_path, "is not a safetensors file")
     weights.unlink()
-    _refused(tmp_path, "no weights at")
+    assert_refused(tmp_path, "no weights at")
 
 
 def test_missing_shards_and_weights_missing_in_one_are_named(tmp_path):
@@ -108,9 +108,9 @@ def test_missing_shards_and_weights_missing_in_one_are_named(tmp_path):
     tensors = load_file(shard)
     del tensors["model.norm.weight"]
     save_file(tensors, shard, metadata={"format": "pt"})
-    _refused(tmp_path, "lacks model.norm.weight, which the index says it holds")
+    assert_refused(tmp_path, "lacks model.norm.weight, which the index says it holds")
     shard.unlink()
-    _refused(tmp_path, f"1 of {len(set(index.values()))} files of the checkpoint")
+    assert_refused(tmp_path, f"1 of {len(set(index.values()))} files of the checkpoint")
 
 
 def test_heads_that_draft_further_tokens_may_be_left_over(tmp_path):
@@ -121,7 +121,9 @@ def test_heads_that_draft_further_tokens_may_be_left_over(tmp_path):
     save_file(tensors, weights, metadata={"format": "pt"})
     assert check_checkpoint(tmp_path) == MOE
     load_policy(tmp_path)
-    _refused(_say(tmp_path, num_nextn_predict_layers=0), "1 weights that its model lacks, such as model.layers.3.eh")
+    assert_refused(
+        _say(tmp_path, num_nextn_predict_layers=0), "1 weights that its model lacks, such as model.layers.3.eh"
+    )
 
 
 def test_a_tied_head_may_be_stored_or_not(tmp_path):

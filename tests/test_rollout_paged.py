@@ -14,10 +14,10 @@ from tiny import save_tiny_deepseek
 from torch import Tensor
 
 from trimtab.kernels import reference
-from trimtab.rollout.engine import dsa_model
-from trimtab.rollout.engine.dsa_model import DsaAttention, DsaMetadata, Indexer, buckets
-from trimtab.rollout.engine.dsa_modules import Experts, Norm
-from trimtab.rollout.engine.dsa_paged import DecodeStep, plan_step
+from trimtab.rollout.engine.dsa import model as dsa_model
+from trimtab.rollout.engine.dsa.model import DsaAttention, DsaMetadata, Indexer, buckets
+from trimtab.rollout.engine.dsa.modules import Experts, Norm
+from trimtab.rollout.engine.dsa.paged import DecodeStep, plan_step
 from trimtab.rollout.engine.engine import Engine
 from trimtab.rollout.types import Request
 

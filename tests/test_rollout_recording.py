@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trimtab.rollout.engine.dsa_model import buckets
+from trimtab.rollout.engine.dsa.model import buckets
 from trimtab.rollout.engine.recording import draw, rewindable, truncate
 from trimtab.rollout.engine.weights import one_by_one
 

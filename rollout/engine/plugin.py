@@ -8,7 +8,7 @@ def register() -> None:
     from vllm import ModelRegistry
 
     from trimtab.rollout.engine import receive
-    from trimtab.rollout.engine.dsa_model import DsaForCausalLM
+    from trimtab.rollout.engine.dsa.model import DsaForCausalLM
 
     ModelRegistry.register_model(OURS, DsaForCausalLM)
     receive.register()

@@ -10,7 +10,7 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.packed_tensor import PackedBufferImporter
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-from trimtab.rollout.engine.dsa_model import DsaForCausalLM
+from trimtab.rollout.engine.dsa.model import DsaForCausalLM
 from trimtab.rollout.engine.weights import Handle, Layout, Named, one_by_one, views
 
 BACKEND = "trimtab"

@@ -33,8 +33,8 @@ from vllm.v1.kv_cache_interface import MLAAttentionSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from trimtab.kernels.reference import index_scores, select, selected_ids, sparse_mla
-from trimtab.rollout.engine.dsa_modules import Experts, Mlp, Moe, Norm, Weight, masked_mqa, rotate_halves, rotate_pairs
-from trimtab.rollout.engine.dsa_paged import DecodeStep, PagedStep, plan_step
+from trimtab.rollout.engine.dsa.modules import Experts, Mlp, Moe, Norm, Weight, masked_mqa, rotate_halves, rotate_pairs
+from trimtab.rollout.engine.dsa.paged import DecodeStep, PagedStep, plan_step
 
 SELECTED_AT_ONCE = 256
 """Queries whose selection is looked at together."""
