@@ -1,12 +1,12 @@
 """Time of a token against its position, up to 128K: a dense policy with latent attention, and its sparse conversion.
 
-    python benchmarks/positions.py           about four minutes on a GPU
+    python benchmarks/positions.py           both shapes, about six minutes on a GPU
     python benchmarks/positions.py --tiny    that it runs, on a CPU
 
-Both are the same 1.6 B weights; `trimtab convert` gives the sparse one its indexers, which are untrained: what they
-select does not matter to the time. Every prompt is played twice with other tokens, and the second time counts. Prefill
-is the time to the first token, less that of the position before, a token between the two; decoding the median of 64
-steps of one sequence, and of eight that share the prompt. DeepSeek-V3.2-Exp's figure 3 has the same two curves.
+mla-v3 has DeepSeek-V3's attention to the number, in four layers; mla-1.6b is a whole policy with an eighth of the
+heads. `trimtab convert` gives the sparse ones their indexers, which are untrained: what they select does not matter to
+the time. Prefill is the step of the chunk that ends at the position, a token of it; decoding the median step of one
+sequence, and of eight that share the prompt. DeepSeek-V3.2-Exp's figure 3 has the same two curves.
 """
 
 import argparse
@@ -18,20 +18,32 @@ import sys
 import time
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from shapes import card, checkpoint
+
+from trimtab.grpo.stages.config import Indexer
 
 STEPS = 64
 SETTLE = 8
 """Decoding steps before those that count."""
+REPEATS = 3
+"""Prompts that count; one before them compiles and warms up."""
 CHUNK = 4096
-POSITIONS = (2048, 4096, 8192, 16384, 32768, 65536, 131072 - 128)
-TINY_POSITIONS = (64, 256, 1024)
+POSITIONS = (4096, 8192, 16384, 32768, 65536, 131072)
+TINY_POSITIONS = (64, 256, 512)
 TOGETHER = 8
+NAMES = {"prefill": "prefill", "one": "decoding", "many": f"decoding {TOGETHER}"}
+INDEXERS = {
+    "mla-1.6b": Indexer(index_n_heads=16),
+    "tiny-mla": Indexer(index_n_heads=4, index_head_dim=16, index_topk=32),
+}
+"""Of shapes that do not take DeepSeek-V3.2's own."""
 
 
-def measure(model: str, positions: list[int], chunk: int, dtype: str) -> None:
-    """Print a line for each position: milliseconds a prefilled token, a step of one sequence, a step of several."""
+def measure(model: str, positions: list[int], chunk: int, dtype: str, repeats: int) -> None:
+    """Print a line for each position: microseconds a prefilled token, milliseconds a step of one sequence and of
+    several."""
     import torch
 
     from trimtab.rollout.engine.engine import Engine, EngineConfig
@@ -51,39 +63,44 @@ def measure(model: str, positions: list[int], chunk: int, dtype: str) -> None:
         )
     )
 
-    def play(position: int, count: int, repeat: int) -> list[float]:
-        """Milliseconds of every step."""
-        rng = random.Random(f"{position} {repeat}")
-        ids = tuple(rng.randrange(3, vocabulary) for _ in range(position))
+    def play(ids: tuple[int, ...], count: int, tokens: int, *, wait: bool) -> list[float]:
+        """Milliseconds of every step; where it waits, until the GPU has done it."""
         for i in range(count):
-            engine.add(Request(name=f"{i}", prompt_ids=ids, sampling=Sampling(max_tokens=STEPS + SETTLE), seed=i))
+            engine.add(Request(name=f"{i}", prompt_ids=ids, sampling=Sampling(max_tokens=tokens), seed=i))
         times = []
         while engine.busy:
             started = time.perf_counter()
             engine.step()
+            if wait and gpu:
+                torch.cuda.synchronize()
             times.append(1e3 * (time.perf_counter() - started))
         return times
 
-    before = (0, 0.0)
+    prefill, decoding = {p: [] for p in positions}, {(p, n): [] for p in positions for n in (1, TOGETHER)}
+    for repeat in range(repeats + 1):
+        rng = random.Random(repeat)
+        ids = tuple(rng.randrange(3, vocabulary) for _ in range(positions[-1]))
+        chunks = play(ids, 1, 1, wait=True)
+        for position in positions:
+            prefill[position] += [chunks[position // chunk - 1]] * bool(repeat)
+            for count in (1, TOGETHER):
+                steps = play(ids[:position], count, STEPS + SETTLE, wait=False)
+                decoding[position, count] += steps[-STEPS:] * bool(repeat)
     for position in positions:
-        for repeat in range(2):
-            alone, together = play(position, 1, repeat), play(position, TOGETHER, repeat)
-        first_token = sum(alone[: -STEPS - SETTLE + 1])
-        prefill = (first_token - before[1]) / (position - before[0])
-        before = (position, first_token)
-        row = {"prefill": prefill, "one": median(alone[-STEPS:]), "many": median(together[-STEPS:])}
+        one, many = (median(decoding[position, count]) for count in (1, TOGETHER))
+        row = {"prefill": 1e3 * median(prefill[position]) / chunk, "one": one, "many": many}
         print(json.dumps({"position": position} | row), flush=True)
     engine.close()
 
 
-def rows(model: Path, positions: list[int], chunk: int, dtype: str) -> list[dict[str, float]]:
-    """What a process of its own measures."""
-    job = json.dumps([str(model), positions, chunk, dtype])
+def rows(model: Path, *sizes: Any) -> list[dict[str, float]]:
+    """What `measure` prints in a process of its own."""
+    job = json.dumps([str(model), *sizes])
     environment = {**os.environ, "VLLM_USE_FLASHINFER_SAMPLER": "0"}
     done = subprocess.run([sys.executable, __file__, "--job", job], stdout=subprocess.PIPE, text=True, env=environment)
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"position"')]
-    if done.returncode or len(found) != len(positions):
-        raise SystemExit(f"{model}: code {done.returncode} after {len(found)} of {len(positions)} positions")
+    if done.returncode or not found:
+        raise SystemExit(f"{model}: code {done.returncode} after {len(found)} positions")
     return found
 
 
@@ -105,30 +122,30 @@ def main() -> None:
     if options.job:
         measure(*json.loads(options.job))
         return
-    from trimtab.grpo.stages.config import Indexer
+    print(f"{card().name}\n")
+    for name in ("tiny-mla",) if options.tiny else ("mla-v3", "mla-1.6b"):
+        compare(name, tiny=options.tiny)
+
+
+def compare(name: str, *, tiny: bool) -> None:
+    """Print the table of one shape."""
     from trimtab.grpo.stages.convert import convert
 
-    dense = checkpoint("tiny-mla" if options.tiny else "mla-1.6b")
+    dense = checkpoint(name)
     sparse = dense.with_name(f"{dense.name}-converted")
-    indexer = Indexer(index_n_heads=4, index_head_dim=16, index_topk=32) if options.tiny else Indexer(index_n_heads=16)
+    indexer = INDEXERS.get(name, Indexer())
     if not sparse.exists():
         convert(dense, sparse, indexer)
-    positions, chunk = (list(TINY_POSITIONS), 32) if options.tiny else (list(POSITIONS), CHUNK)
-    dtype = "float32" if options.tiny else "bfloat16"
-    found = [rows(model, positions, chunk, dtype) for model in (dense, sparse)]
-    print(f"{card().name}, index_topk {indexer.index_topk}; dense / sparse, sparse : dense\n")
+    sizes = (TINY_POSITIONS, 64, "float32", 1) if tiny else (POSITIONS, CHUNK, "bfloat16", REPEATS)
+    found = [rows(model, *sizes) for model in (dense, sparse)]
+    print(f"{name}, index_topk {indexer.index_topk}; dense / sparse (sparse : dense)\n")
     print(f"| position | prefill, microseconds a token | decoding, ms a step | {TOGETHER} sequences |")
     print("| --- | --- | --- | --- |")
     for one, other in zip(*found, strict=True):
-        cells = [
-            (1e3 * one["prefill"], 1e3 * other["prefill"]),
-            (one["one"], other["one"]),
-            (one["many"], other["many"]),
-        ]
+        cells = [(one[key], other[key]) for key in NAMES]
         shown = [f"{a:.2f} / {b:.2f} ({b / a:.2f})" for a, b in cells]
         print(f"| {one['position']:,.0f} | {' | '.join(shown)} |")
-    names = {"prefill": "prefill", "one": "decoding", "many": f"decoding {TOGETHER}"}
-    print("\nfaster from: " + ", ".join(f"{shown} {crossing(*found, name)}" for name, shown in names.items()))
+    print("\nfaster from: " + ", ".join(f"{shown} {crossing(*found, key)}" for key, shown in NAMES.items()) + "\n")
 
 
 if __name__ == "__main__":

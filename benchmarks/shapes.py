@@ -103,7 +103,21 @@ SHAPES |= {
 }
 for sparse, dense in (("dsa-1.6b", "mla-1.6b"), ("tiny-dsa", "tiny-mla")):
     kept = {key: value for key, value in SHAPES[sparse][1].items() if not key.startswith("index_")}
-    SHAPES[dense] = ("DeepseekV3", {**kept, "max_position_embeddings": 8 * kept["max_position_embeddings"]})
+    SHAPES[dense] = ("DeepseekV3", {**kept, "max_position_embeddings": 10 * kept["max_position_embeddings"]})
+SHAPES["mla-v3"] = (
+    "DeepseekV3",
+    {
+        **SHAPES["mla-1.6b"][1],
+        "hidden_size": 7168,
+        "num_hidden_layers": 4,
+        "first_k_dense_replace": 3,
+        "n_routed_experts": 8,
+        "num_attention_heads": 128,
+        "num_key_value_heads": 128,
+        "q_lora_rank": 1536,
+    },
+)
+"""DeepSeek-V3's attention, beside feed-forwards that are small."""
 SHAPES["tiny-mla"][1]["qk_nope_head_dim"] = 24  # heads of 32, as vLLM has them on a CPU
 """By name: the family, and the configuration. The tiny ones prove on a CPU that a benchmark runs."""
 

@@ -63,6 +63,9 @@ class Packed:
     routes_NLK: Tensor | None
     """As recorded (uint8 or uint16); the row of a segment's last token, which nobody reads, repeats the one before.
     None for a policy without experts."""
+    selected_NLK: Tensor | None
+    """As recorded (uint16): positions of the keys that the engine's indexers selected, rows as of routes; None where
+    they are not replayed."""
     predict_S: Tensor  # int64, index into N of the hidden state that predicts each sampled token
     token_S: Tensor  # int64
     old_logp_S: Tensor  # float32
@@ -180,6 +183,7 @@ def _packed(members: Sequence[Trajectory]) -> Packed:
         lengths=lengths,
         cu_seqlens=_offsets(lengths),
         routes_NLK=_routes(segments),
+        selected_NLK=_selected(segments),
         predict_S=position_S - 1,
         token_S=ids_N[position_S],
         old_logp_S=_tensor([segment.logp for segment in segments], np.float32),
@@ -201,8 +205,19 @@ def _routes(segments: Sequence[Segment]) -> Tensor | None:
         raise ValueError(f"segments of one policy have routes of different shapes or types: {sorted(map(str, kinds))}")
     if segments[0].routes.shape[1] == 0:
         return None
-    rows = [part for segment in segments for part in (segment.routes, segment.routes[-1:])]
-    return torch.from_numpy(np.concatenate(rows))
+    return _rows([segment.routes for segment in segments])
+
+
+def _selected(segments: Sequence[Segment]) -> Tensor | None:
+    kinds = {segment.selected.shape[1:] for segment in segments}
+    if len(kinds) > 1:
+        raise ValueError(f"segments of one policy have selections of different shapes: {sorted(kinds)}")
+    return None if kinds == {(0, 0)} else _rows([segment.selected for segment in segments])
+
+
+def _rows(recorded: Sequence[np.ndarray]) -> Tensor:
+    """One row a token: that of a segment's last, which nobody reads, repeats the one before."""
+    return torch.from_numpy(np.concatenate([part for rows in recorded for part in (rows, rows[-1:])]))
 
 
 def _tensor(arrays: Sequence[np.ndarray], dtype: type[np.generic]) -> Tensor:

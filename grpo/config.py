@@ -145,7 +145,7 @@ class Domain:
     teacher: str = ""
     """Checkpoint that this domain's KL is taken to; empty: the model that the run starts from."""
     prompts: int = 8
-    """Groups a step."""
+    """Groups a step; 0: held out alone, measured before and after and never trained on."""
     demonstrations: float = 1.0
     """Examples in the cold start, relative to the other domains'."""
     weights: dict[str, float] = field(default_factory=lambda: {"outcome": 1.0})
@@ -185,7 +185,9 @@ class Domain:
     """The same of a group of episodes, its opening included."""
 
     def __post_init__(self) -> None:
-        for name in ("prompts", "max_turns", "open_environments"):
+        if self.prompts < 0:
+            raise ValueError(f"prompts must be 0 (held out alone) or more, got {self.prompts}")
+        for name in ("max_turns", "open_environments"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("episode_seconds", "group_seconds"):
@@ -420,6 +422,9 @@ class Config(Settings):
     """Recompute each layer in the backward pass to save memory."""
     keep_routing: bool = True
     """Replay the engine's choice of experts."""
+    keep_selection: bool = False
+    """Replay the engine's selection of keys in sparse attention, 2 bytes a token, layer and selected key; False: the
+    policy's indexer selects for itself."""
     keep_sampling_mask: bool = True
     """Normalise log-probabilities over the ids that the sampler kept."""
     kl: Literal["unbiased", "k3", "full"] = "unbiased"
@@ -441,6 +446,8 @@ class Config(Settings):
     def __post_init__(self) -> None:
         if not self.domains:
             raise ValueError("domains is empty; name at least one")
+        if not any(domain.prompts for domain in self.domains.values()):
+            raise ValueError("no domain trains: set the prompts of one above 0")
         if self.group_size < 2:
             raise ValueError(f"group_size must be at least 2 to centre rewards, got {self.group_size}")
         for name in ("steps", "minibatches", "tokens_per_microbatch", "held_out", "save_every"):
@@ -463,7 +470,8 @@ class Config(Settings):
     @property
     def references(self) -> tuple[str, ...]:
         """Checkpoints that a KL is taken to, each once; empty: the model that the run starts from."""
-        return tuple(dict.fromkeys(domain.teacher for domain in self.domains.values() if domain.loss.beta > 0))
+        trained = [domain for domain in self.domains.values() if domain.prompts]
+        return tuple(dict.fromkeys(domain.teacher for domain in trained if domain.loss.beta > 0))
 
     def save(self, path: Path) -> None:
         path.write_text(self.to_json())

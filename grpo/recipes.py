@@ -1,6 +1,6 @@
 """Named runs. A recipe is a function without arguments that returns a Config, or a supervised stage's Supervised."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -77,6 +77,36 @@ def smollm2() -> Config:
     )
 
 
+def long_reasoning(config: Config, domains: Sequence[str]) -> Config:
+    """Reasoning alone and at length, as DeepSeek-V3.2-Speciale: of a run's domains those that are named, with a quarter
+    of their length penalty, which begins at twice the length, and turns of twice as many tokens.
+
+    Raises:
+        ValueError: a domain that the run does not have, or that does not think.
+    """
+    found = {}
+    for name in domains:
+        domain = config.domains.get(name)
+        if domain is None or not domain.thinking:
+            thinking = ", ".join(name for name, one in config.domains.items() if one.thinking) or "none"
+            raise ValueError(f"{name!r} is no domain that reasons; those that do are {thinking}")
+        weights = domain.weights | {"length": domain.weights.get("length", 0.0) / 4}
+        found[name] = replace(
+            domain, weights=weights, length_soft=_double(domain.length_soft), length_hard=_double(domain.length_hard)
+        )
+    sampling = replace(config.sampling, max_tokens=_double(config.sampling.max_tokens))
+    return replace(config, domains=found, sampling=sampling)
+
+
+def _double(limit: int | None) -> int | None:
+    return None if limit is None else 2 * limit
+
+
+def quickstart_long() -> Config:
+    """The quickstart's reasoning domain alone, at length."""
+    return long_reasoning(quickstart(), ["reasoning"])
+
+
 def pretrain() -> Supervised:
     """Next tokens of texts, from a checkpoint or (random_weights) from nothing."""
     return Supervised(lr=3e-4, weight_decay=0.1)
@@ -97,7 +127,11 @@ def sft() -> Supervised:
     return Supervised(form="conversations", lr=1e-5)
 
 
-RECIPES: dict[str, Callable[[], Config]] = {"quickstart": quickstart, "smollm2": smollm2}
+RECIPES: dict[str, Callable[[], Config]] = {
+    "quickstart": quickstart,
+    "quickstart_long": quickstart_long,
+    "smollm2": smollm2,
+}
 STAGES: dict[str, Callable[[], Supervised]] = {"pretrain": pretrain, "warm_up": warm_up, "sparse": sparse, "sft": sft}
 
 

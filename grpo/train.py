@@ -202,7 +202,8 @@ def work_of(batch: Sequence[Trajectory], config: Config) -> Work:
 
 
 def held_out(players: Players, config: Config, parts: ExpectedParts) -> dict[str, Any]:
-    """Scores and reward parts on the held-out prompts, with the 95 % intervals of the scores over prompts."""
+    """Scores and reward parts on the held-out prompts, with the 95 % intervals of the scores over prompts, and the mean
+    of the tokens sampled in an episode."""
     played = players.play(draw_held_out(config, players.tasks), HELD_OUT_SAMPLES)
     parts.add(played.groups)
     for name in config.domains:
@@ -214,6 +215,7 @@ def held_out(players: Players, config: Config, parts: ExpectedParts) -> dict[str
         "interval": {name: mean_interval([*found.values()]) for name, found in by_prompt.items()},
         "parts": part_means(played.groups),
         "prompts": by_prompt,
+        "tokens": {name: float(np.mean(counts)) for name, counts in sampled_tokens(played.groups).items()},
         "samples": HELD_OUT_SAMPLES,
     }
 
@@ -291,13 +293,22 @@ def domain_metrics(name: str, groups: Sequence[Group]) -> dict[str, float]:
     if not groups:
         return {}
     rewards = [[episode.reward for episode in group.episodes] for group in groups]
-    lengths = [sum(len(segment.logp) for segment in episode.segments) for group in groups for episode in group.episodes]
+    (lengths,) = sampled_tokens(groups).values()
     return {
         f"reward/{name}": float(np.mean([reward for group in rewards for reward in group])),
         f"reward_std/{name}": float(np.mean([np.std(group) for group in rewards])),
         f"equal/{name}": float(np.mean([len(set(group)) == 1 for group in rewards])),
         f"length/{name}": float(np.mean(lengths)),
     }
+
+
+def sampled_tokens(groups: Sequence[Group]) -> dict[str, list[int]]:
+    """By domain, the tokens sampled in each episode."""
+    found: dict[str, list[int]] = {}
+    for group in groups:
+        counts = [sum(len(segment.logp) for segment in episode.segments) for episode in group.episodes]
+        found.setdefault(group.domain, []).extend(counts)
+    return found
 
 
 def report(folder: RunFolder, config: Config, console: Console) -> None:

@@ -249,15 +249,17 @@ class Trainer(Learner):
         """Read a pack.
 
         Args:
-            routed: use the engine's experts; else a policy routes for itself, as a reference does.
+            routed: use the engine's experts, and its selection where that is recorded; else a policy chooses for
+                itself, as a reference does.
             masked: normalise over the kept sets; None: as the configuration says.
-            learn: the indexer's KL too, if it is to learn.
+            learn: the indexer's KL too, if it is to learn, and over the engine's selection where that is recorded.
         """
         out = policy(
             packed.ids_N,
             packed.cu_seqlens,
             lengths=packed.lengths,
             routes_NLK=packed.routes_NLK if routed else None,
+            selected_NLK=packed.selected_NLK if routed or learn else None,
             with_indexer_kl=learn and self.learns_indexer and self.config.indexer_kl > 0,
         )
         hidden_SD = out.hidden_ND.index_select(0, packed.predict_S)

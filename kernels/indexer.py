@@ -220,6 +220,7 @@ def paged_topk(
     *,
     page_size: int,
     width: int,
+    rows: bool = True,
 ) -> Tensor:
     """index_topk of a decoding step: query b sees the length[b] tokens of its sequence, where a paged cache holds them.
 
@@ -230,9 +231,10 @@ def paged_topk(
         k_RD: the rows of the whole cache; token m of sequence b lies in row page[b, m // size] * size + m % size.
         page_BP, length_B: int32; a sequence of length 0 selects nothing.
         width: the longest length there can be.
+        rows: of the cache are returned, else positions in the sequence.
 
     Returns:
-        [B, topk] int32 rows of the cache, in ascending order of position, padded with -1.
+        [B, topk] int32, in ascending order of position, padded with -1.
 
     Raises:
         ValueError: as index_topk does.
@@ -247,6 +249,8 @@ def paged_topk(
             q_BHD.contiguous(), k_RD, w_BH.contiguous(), page_BP, length_B, score_BL, width, k_RD.stride(0),
             page_BP.stride(0), *q_BHD.shape[1:], page_size, *constants, block_m, **launch,
         )  # fmt: skip
+    if not rows:
+        return topk_ids(score_BL, topk, count_N=length_B)
     return topk_ids(score_BL, topk, count_N=length_B, page_NP=page_BP, page_size=page_size)
 
 

@@ -60,6 +60,12 @@ def selected_ids(selected_TM: Tensor, k: int) -> Tensor:
     return ids_TK.masked_fill(ids_TK == M, -1)
 
 
+def selected_mask(ids_TK: Tensor, M: int) -> Tensor:
+    """Which of M keys are selected: the inverse of selected_ids, bool [..., T, M]."""
+    mask_TM = torch.zeros(*ids_TK.shape[:-1], M + 1, dtype=torch.bool, device=ids_TK.device)
+    return mask_TM.scatter_(-1, torch.where(ids_TK < 0, M, ids_TK).long(), True)[..., :M]
+
+
 def gather_rows(kv_MC: Tensor, ids_TK: Tensor) -> Tensor:
     """Cached rows by position; an unused id (-1) reads row 0, so its row must be masked by the caller.
 

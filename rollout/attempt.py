@@ -73,6 +73,7 @@ class Track:
             kept_ids=np.concatenate([turn.kept_ids for turn in self.turns]),
             kept_offsets=np.concatenate([[0], counts.cumsum()]).astype(np.int64),
             routes=self._routes(),
+            selected=np.concatenate([turn.selected for turn in self.turns]),
             weight_version=np.repeat(
                 np.array([turn.weight_version for turn in self.turns], np.int32),
                 [len(turn.token_ids) for turn in self.turns],

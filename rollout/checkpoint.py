@@ -33,7 +33,7 @@ def moe_layers(config: Mapping[str, Any]) -> list[int]:
     return []
 
 
-def policy_shape(config: Mapping[str, Any], version: int) -> PolicyShape:
+def policy_shape(config: Mapping[str, Any], version: int, *, keep_selection: bool = False) -> PolicyShape:
     """What engines record of a policy with this config.json, at a version of its weights."""
     names = ("n_routed_experts", "num_experts", "num_local_experts")
     experts = next((config[name] for name in names if name in config), 0)
@@ -43,6 +43,7 @@ def policy_shape(config: Mapping[str, Any], version: int) -> PolicyShape:
         experts_per_token=config.get("num_experts_per_tok", 0),
         experts=experts,
         version=version,
+        selected=(config["num_hidden_layers"], config["index_topk"]) if keep_selection else (0, 0),
     )
 
 

@@ -19,6 +19,10 @@ class RecordingError(ValueError):
 
 COLDEST = 0.01
 """vLLM raises temperatures below this to it."""
+POSITIONS = 1 << 16
+"""Tokens of a sequence whose selections are recorded, at most: a position has 16 bits."""
+UNSELECTED = np.zeros((0, 0, 0), np.uint16)
+"""The selections of a sequence where none are recorded."""
 ROUNDING = 1e-3
 """Nats by which a log-probability may miss its bound."""
 
@@ -70,6 +74,9 @@ class Completion:
     routes: np.ndarray  # uint8 or uint16 [prompt + S - 1 - routes_start, L, K]; L = 0 without experts
     weight_version: int
     finish: str  # "stop" or "length"
+    selected: np.ndarray = field(default_factory=lambda: UNSELECTED)
+    """uint16 [prompt + S - 1 - routes_start, L, topk], or UNSELECTED. Positions of the keys that the indexer of each of
+    L layers selects, in ascending order; rows of a token with no more than topk keys mean nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +89,8 @@ class PolicyShape:
     experts: int
     version: int
     """Of the weights that engines have."""
+    selected: tuple[int, int] = (0, 0)
+    """Layers whose selections are recorded, and keys of each."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,7 +99,7 @@ class Segment:
 
     Raises:
         RecordingError: a length that does not match, a non-finite logp, a sampled token outside its kept set,
-            a missing route row (a row that repeats an expert is one the engine never wrote).
+            a missing row of routes (one that repeats an expert is one the engine never wrote) or of selections.
     """
 
     name: str
@@ -101,6 +110,7 @@ class Segment:
     kept_offsets: np.ndarray = field(repr=False)  # int64 [S + 1]
     routes: np.ndarray = field(repr=False)  # uint8 or uint16 [N - 1, L, K]
     weight_version: np.ndarray = field(repr=False)  # int32 [S]
+    selected: np.ndarray = field(repr=False, default_factory=lambda: UNSELECTED)  # uint16 [N - 1, L, topk]
 
     def __post_init__(self) -> None:
         N, S = len(self.token_ids), int(np.sum(self.sampled))
@@ -112,6 +122,8 @@ class Segment:
         self._check(len(self.weight_version) == S, f"{len(self.weight_version)} versions for {S} sampled tokens")
         self._check_kept(S)
         self._check_routes(N)
+        if self.selected.size:
+            self._check_selected(N)
 
     def _check_kept(self, S: int) -> None:
         offsets, counts = self.kept_offsets, np.diff(self.kept_offsets)
@@ -130,13 +142,22 @@ class Segment:
         repeats = ordered[..., 1:] == ordered[..., :-1]
         self._check(not repeats.any(), "a route row repeats an expert: the engine never wrote it")
 
+    def _check_selected(self, N: int) -> None:
+        rows, topk = self.selected, self.selected.shape[-1]
+        self._check(rows.dtype == np.uint16 and rows.ndim == 3, f"selections must be uint16, got {rows.dtype}")
+        self._check(len(rows) == N - 1, f"selections of {len(rows)} tokens for {N} tokens")
+        chosen = rows[topk:].astype(np.int32)
+        rise = bool((np.diff(chosen, axis=-1) > 0).all())
+        seen = bool((chosen[..., -1] <= np.arange(topk, N - 1)[:, None]).all())
+        self._check(rise and seen, "a selection is not of earlier tokens, each once: the engine never wrote it")
+
     def check_against(self, policy: PolicyShape) -> None:
         """Refuse what no engine of this policy records, however well formed.
 
         Raises:
             RecordingError: ids outside the vocabulary, a kept set that holds an id twice, a log-probability above 0 or,
                 where one id was kept, other than 0; other MoE layers or experts a token than the policy's, routes that
-                were never written; another version of the weights.
+                were never written; selections of other layers or numbers of keys; another version of the weights.
         """
         ids = (self.token_ids, self.kept_ids)
         inside = all(one.min(initial=0) >= 0 and one.max(initial=0) < policy.vocabulary for one in ids)
@@ -154,6 +175,9 @@ class Segment:
             self._check(int(self.routes.max()) < policy.experts, f"a route to an expert beyond {policy.experts}")
             written = self.routes.any() or policy.experts == 1
             self._check(bool(written), "every route leads to expert 0: the engine wrote none")
+        recorded = self.selected.shape[1:]
+        expected = f"not {policy.selected}"
+        self._check(recorded == policy.selected, f"selections of {recorded} layers and keys a token, {expected}")
         versions = np.unique(self.weight_version)
         self._check(
             versions.tolist() == [policy.version], f"weights of version {versions.tolist()}, not {policy.version}"

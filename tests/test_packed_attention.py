@@ -22,6 +22,19 @@ def _pack(device: str) -> tuple[Tensor, Tensor]:
     return ids_N.to(device), torch.tensor([0, *LENGTHS]).cumsum(0).to(device)
 
 
+def _some_selection(model) -> Tensor:
+    """Keys that no indexer would choose, of each layer; rows of tokens with fewer keys hold nonsense."""
+    torch.manual_seed(9)
+    topk, layers = model.config.index_topk, model.config.num_hidden_layers
+    rows = [
+        torch.randperm(position + 1)[:topk].sort().values if position >= topk else torch.full((topk,), 999)
+        for length in LENGTHS
+        for position in range(length)
+        for _ in range(layers)
+    ]
+    return torch.stack(rows).unflatten(0, (-1, layers)).to(torch.uint16)
+
+
 @pytest.fixture(scope="module")
 def model():
     return tiny_deepseek(initializer_range=0.1, num_hidden_layers=2)
@@ -34,6 +47,8 @@ def _run(model, *, packed: bool, form: str | None = None, **options) -> tuple[Po
     policy.packed = packed
     if form is not None:
         policy.choose_attend = lambda T, topk: FORMS[form]
+    if "selected_NLK" in options:
+        options["selected_NLK"] = options["selected_NLK"].to(device)
     out = policy(*_pack(device), **options)
     torch.manual_seed(8)
     loss = (out.hidden_ND * torch.randn(out.hidden_ND.shape).to(device)).sum()
@@ -55,6 +70,9 @@ def _run(model, *, packed: bool, form: str | None = None, **options) -> tuple[Po
         ("selected", {"with_indexer_kl": True, "checkpointing": True}),
         ("selected", {"with_indexer_kl": True, "parts": True}),
         ("selected", {"with_indexer_kl": True, "parts": True, "checkpointing": True}),
+        ("masked", {"with_indexer_kl": True, "replayed": True}),
+        ("selected", {"with_indexer_kl": True, "replayed": True, "checkpointing": True}),
+        ("selected", {"replayed": True, "parts": True}),
     ],
 )
 def test_triton_forms_equal_plain_pytorch_in_outputs_and_gradients(model, form, options, monkeypatch):
@@ -63,6 +81,8 @@ def test_triton_forms_equal_plain_pytorch_in_outputs_and_gradients(model, form, 
         monkeypatch.setattr(packed_attention, "QUERIES_AT_ONCE", 12)
         monkeypatch.setattr(packed_attention, "QUERIES_OF_A_PART", 5)
         monkeypatch.setattr(packed_attention, "KEPT_BYTES", 0)
+    if options.pop("replayed", False):
+        options["selected_NLK"] = _some_selection(model)
     expected, expected_gradients = _run(model, packed=False, **options)
     ours, gradients = _run(model, packed=True, form=form, **options)
     torch.testing.assert_close(ours.hidden_ND, expected.hidden_ND, rtol=1e-4, atol=1e-5)

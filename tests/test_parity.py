@@ -17,10 +17,13 @@ from tiny import save_tiny, save_tiny_deepseek
 
 from trimtab.grpo.batch import Trajectory, pack
 from trimtab.grpo.config import LossSettings
+from trimtab.grpo.policy.attention import attend_sparse
 from trimtab.grpo.policy.families import ARCHITECTURES
 from trimtab.grpo.policy.policy import Policy, load_policy
 from trimtab.kernels.reference import kept_logp
-from trimtab.rollout.engine.architectures import SUPPORTED
+from trimtab.rollout.attempt import Track
+from trimtab.rollout.checkpoint import policy_shape, read_config
+from trimtab.rollout.engine.architectures import DSA, SUPPORTED
 from trimtab.rollout.engine.engine import Engine, EngineConfig
 from trimtab.rollout.engine.pool import Pool
 from trimtab.rollout.types import Completion, Request, Sampling, Segment
@@ -96,10 +99,13 @@ def move(policy: Policy) -> None:
 
 
 @torch.no_grad()
-def worst_log_ratio(policy: Policy, trajectories: list[Trajectory]) -> float:
+def worst_log_ratio(policy: Policy, trajectories: list[Trajectory], *, replay: bool = False) -> float:
     worst = 0.0
     for packed in pack(trajectories, max_tokens=1024):
-        hidden_ND = policy(packed.ids_N, packed.cu_seqlens, routes_NLK=packed.routes_NLK).hidden_ND
+        selected = packed.selected_NLK if replay else None
+        hidden_ND = policy(
+            packed.ids_N, packed.cu_seqlens, routes_NLK=packed.routes_NLK, selected_NLK=selected
+        ).hidden_ND
         logp_S = kept_logp(
             hidden_ND[packed.predict_S],
             policy.head_weight,
@@ -164,6 +170,45 @@ def test_every_family_has_a_ratio_of_one_before_and_after_an_update(name, featur
         assert worst_log_ratio(policy, trajectories(requests(), run(engine, requests()))) < 1e-5
     finally:
         engine.close()
+
+
+@pytest.mark.parametrize("name", DSA)
+def test_replayed_selections_give_a_ratio_of_one_to_a_policy_whose_indexer_selects_others(name, tmp_path):
+    """Prompts in chunks, prefixes found in the cache, and a second turn behind the first."""
+    save_tiny(tmp_path, name, initializer_range=0.1)
+    policy = load_policy(tmp_path)
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for weight in policy.indexer_parameters():
+            weight.copy_(0.1 * torch.randn_like(weight))
+    sizes: dict[str, Any] = {"max_model_len": 256, "max_num_seqs": 16, "max_batched_tokens": 64}
+    engine = Engine(EngineConfig(model=str(tmp_path), kv_cache_bytes=32 << 20, keep_selection=True, **sizes))
+    try:
+        tracks = [Track() for _ in requests() for _ in range(4)]
+        asked = requests()
+        answers = [one for several in run(engine, asked) for one in several]
+        for track, request, one in zip(tracks, [r for r in asked for _ in range(4)], answers, strict=True):
+            track.add(request.prompt_ids, one)
+        more = [
+            Request(name=f"{i}", prompt_ids=(*ids, 5, 6, 7), sampling=SAMPLING, seed=i, routes_start=len(ids) - 1)
+            for i, ids in enumerate(track.ids for track in tracks)
+        ]
+        for track, request, (one,) in zip(tracks, more, run(engine, more), strict=True):
+            track.add(request.prompt_ids, one)
+    finally:
+        engine.close()
+    segments = [track.segment(f"{i}") for i, track in enumerate(tracks)]
+    shape = policy_shape(read_config(tmp_path), 0, keep_selection=True)
+    for one in segments:
+        one.check_against(shape)
+    played = [
+        Trajectory(name=one.name, domain="any", segments=(one,), advantage=1.0, settings=LossSettings())
+        for one in segments
+    ]
+    assert worst_log_ratio(policy, played) > 1e-2, "the indexers differ, or this test would prove nothing"
+    for choose in (None, lambda T, topk: attend_sparse):
+        policy.choose_attend = choose
+        assert worst_log_ratio(policy, played, replay=True) < 1e-5
 
 
 def test_engine_and_trainer_know_the_same_families():

@@ -238,6 +238,14 @@ def test_impossible_calls_are_refused():
         llama(ids_N, cu_seqlens, with_indexer_kl=True)
     with pytest.raises(ValueError, match=r"routes have shape \(164, 2, 2\), this pack needs \(164, 0, 0\)"):
         llama(ids_N, cu_seqlens, routes_NLK=torch.zeros(164, 2, 2, dtype=torch.uint8))
+    chosen = torch.zeros(164, 2, 16, dtype=torch.uint16)
+    with pytest.raises(ValueError, match="replayed by sparse attention"):
+        llama(ids_N, cu_seqlens, selected_NLK=chosen)
+    sparse = Policy(tiny_deepseek())
+    with pytest.raises(ValueError, match="leave dense_attention off"):
+        sparse(ids_N, cu_seqlens, selected_NLK=chosen, dense_attention=True)
+    with pytest.raises(ValueError, match=r"selections have shape \(164, 2, 16\), this pack needs \(164, 3, 16\)"):
+        sparse(ids_N, cu_seqlens, selected_NLK=chosen)
     with pytest.raises(ValueError, match="ends at 163, but there are 164 tokens"):
         llama(ids_N, torch.tensor([0, 163]))
     with pytest.raises(ValueError, match="rise with every sequence"):

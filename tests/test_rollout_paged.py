@@ -47,6 +47,9 @@ class Batch:
             for b, (length, new) in enumerate(self.sequences)
         ]
 
+    def described(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.start_B1, self.length_B, self.table
+
     def visible(self) -> list[list[int]]:
         """The cache rows that each new token sees."""
         return [rows[: len(rows) - new + i + 1] for rows, new in self._rows() for i in range(new)]
@@ -90,7 +93,16 @@ def index_topk(
 
 
 def paged_topk(
-    q_BHD: Tensor, k: Tensor, w_BH: Tensor, page_BP: Tensor, length_B: Tensor, topk: int, *, page_size: int, width: int
+    q_BHD: Tensor,
+    k: Tensor,
+    w_BH: Tensor,
+    page_BP: Tensor,
+    length_B: Tensor,
+    topk: int,
+    *,
+    page_size: int,
+    width: int,
+    rows: bool = True,
 ) -> Tensor:
     """The kernel's stand-in."""
     position_L = torch.arange(width)
@@ -98,7 +110,7 @@ def paged_topk(
     visible_BL = position_L < length_B[:, None]
     score_B1L = reference.index_scores(q_BHD[:, None], k[row_BL], w_BH[:, None], visible_BL[:, None])
     ids_BK = reference.selected_ids(reference.select(score_B1L[:, 0], topk), topk)
-    row_BK = torch.where(ids_BK < 0, -1, row_BL.gather(1, ids_BK.clamp(min=0)))
+    row_BK = torch.where(ids_BK < 0, -1, row_BL.gather(1, ids_BK.clamp(min=0))) if rows else ids_BK
     return torch.nn.functional.pad(row_BK, (0, topk - row_BK.shape[1]), value=-1).int()
 
 
@@ -159,6 +171,32 @@ def test_attention_over_the_cache_equals_that_over_buckets(sequences, topk, kern
     for step in steps:
         out = layer._attend(*parts, DsaMetadata(batch.slot_N, step))
         torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("sequences", BATCHES.values(), ids=BATCHES)
+def test_recorded_selections_are_those_of_buckets_and_change_no_bit(sequences, kernels):
+    topk = 6
+    batch, layer = Batch(sequences), attention_layer(topk)
+    layer.kv_cache, *parts = inputs(len(batch.slot_N))
+    plan = buckets(batch.start_B1.tolist(), batch.length_B.tolist(), batch.table, BLOCK)
+    steps = [DsaMetadata(batch.slot_N, buckets=plan)]
+    steps.append(DsaMetadata(batch.slot_N, plan_step(*batch.described(), batch.slot_N, BLOCK, topk)))
+    if all(new == 1 for _, new in sequences):
+        width = int(batch.length_B.max()) + 3
+        steps.append(DsaMetadata(batch.slot_N, DecodeStep(batch.slot_N, batch.length_B, batch.table, BLOCK, width)))
+    choose_N = torch.tensor([len(rows) > topk for rows in batch.visible()])
+    found: list[Tensor] = []
+    for step in steps:
+        without = layer._attend(*parts, step)
+        recorded: list[Tensor] = []
+        layer.records, layer.capture_fn = True, recorded.append
+        assert torch.equal(layer._attend(*parts, step), without)
+        layer.records = False
+        if choose_N.any():
+            (ids_NK,) = recorded
+            found.append(ids_NK[choose_N].long())
+    for ids_NK in found:
+        assert torch.equal(ids_NK, found[0]) and (ids_NK >= 0).all() and (ids_NK.diff(dim=1) > 0).all()
 
 
 def test_sequences_that_pad_a_decoding_step_give_zero(kernels):

@@ -55,6 +55,16 @@ def test_steps_become_arrays():
     assert (done.weight_version, done.finish) == (3, "stop")
 
 
+def test_selections_lie_behind_the_experts():
+    """Three layers, of which one has two experts a token, and selections of four keys."""
+    rows = np.arange(54, dtype=np.uint16).reshape(3, 3, 6)
+    one = record(step(7, -0.5, [7], rows[:2]), step(4, -0.25, [4], rows[2:], "stop"))
+    done = one.completion(layers=[1], experts_per_token=2, keys=4, version=3)
+    assert done.routes.tolist() == rows[:, 1:2, :2].tolist() and done.selected.tolist() == rows[:, :, 2:].tolist()
+    alone = one.completion(layers=[], experts_per_token=0, keys=6, version=3)
+    assert alone.routes.shape == (0, 0, 0) and alone.selected.tolist() == rows.tolist()
+
+
 def test_what_the_engine_did_not_say_is_missing_and_not_made_up():
     done = record(Output([7]), Output([4], finish_reason="length")).completion(
         layers=[0], experts_per_token=2, version=0

@@ -1,11 +1,12 @@
 """Records fail closed: what lacks or contradicts something never becomes a Segment."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from trimtab.rollout.types import Group, RecordingError, Sampling, Segment
+from trimtab.rollout.types import UNSELECTED, Group, PolicyShape, RecordingError, Sampling, Segment
 
 
 def fields(**changes: Any) -> dict[str, Any]:
@@ -29,8 +30,26 @@ def with_row(row: list[list[int]]) -> np.ndarray:
     return routes
 
 
+def selections(last: list[int] | None = None) -> np.ndarray:
+    """Of three layers, two keys each; the first two tokens have no choice, and their rows hold anything."""
+    rows = np.zeros((4, 3, 2), np.uint16)
+    rows[2:] = [0, 2]
+    rows[3, 1] = [1, 3] if last is None else last
+    return rows
+
+
 def test_a_complete_record_is_accepted():
     assert Segment(**fields()).name == "task#3"
+    assert Segment(**fields(selected=selections())).selected.shape == (4, 3, 2)
+
+
+def test_selections_are_those_of_the_policy():
+    shape = PolicyShape(vocabulary=10, moe_layers=2, experts_per_token=2, experts=4, version=2, selected=(3, 2))
+    whole = fields(logp=np.array([-0.5, 0.0], np.float32))
+    Segment(**whole | {"selected": selections()}).check_against(shape)
+    for found, wanted in ((UNSELECTED, (3, 2)), (selections(), (0, 0)), (selections(), (3, 4))):
+        with pytest.raises(RecordingError, match="layers and keys a token, not"):
+            Segment(**whole | {"selected": found}).check_against(replace(shape, selected=wanted))
 
 
 def test_a_model_without_experts_has_no_routes_to_miss():
@@ -60,6 +79,12 @@ def test_a_model_without_experts_has_no_routes_to_miss():
         ({"routes": fields()["routes"].astype(np.int64)}, "uint8 or uint16"),
         ({"routes": with_row([[0, 0], [0, 0]])}, "repeats an expert"),
         ({"routes": with_row([[1, 0], [0, 0]])}, "repeats an expert"),
+        ({"selected": selections()[:3]}, "selections of 3 tokens for 5"),
+        ({"selected": selections().astype(np.int32)}, "selections must be uint16"),
+        ({"selected": selections([1, 1])}, "not of earlier tokens, each once"),
+        ({"selected": selections([2, 1])}, "not of earlier tokens, each once"),
+        ({"selected": selections([1, 4])}, "not of earlier tokens, each once"),
+        ({"selected": selections([0, 0])}, "not of earlier tokens, each once"),
     ],
 )
 def test_an_incomplete_record_is_refused_with_its_name(changes, reason):

@@ -14,7 +14,7 @@ from trimtab.grpo.config import Domain, LossSettings
 from trimtab.grpo.cost.ledger import Beside, count
 from trimtab.grpo.cost.shape import shape_of
 from trimtab.grpo.policy.policy import Policy
-from trimtab.grpo.setup.prepare import check_vocabulary
+from trimtab.grpo.setup.prepare import check_selects, check_vocabulary
 from trimtab.grpo.trainer import Trainer
 
 TEACHERS = {"a": ("first", 0.5), "b": ("second", 2.0), "c": ("", 0.25)}
@@ -108,3 +108,11 @@ def test_teachers_count_in_the_ledger():
     resting = count(replace(config, offload="reference"), shape, 0, beside=beside)
     (item,) = [one for one in resting.items if one.name == "reference"]
     assert item.size == 2 * shape.parameters and item.moments == ("reference",)
+
+
+def test_a_selection_to_keep_needs_an_indexer_and_positions_of_16_bits():
+    check_selects({"index_topk": 16}, 65536)
+    with pytest.raises(ValueError, match="a LlamaForCausalLM has none: leave it out"):
+        check_selects({"architectures": ["LlamaForCausalLM"]}, 512)
+    with pytest.raises(ValueError, match=r"rollout\.max_len is at most 65536"):
+        check_selects({"index_topk": 16}, 65537)

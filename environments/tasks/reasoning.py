@@ -61,10 +61,11 @@ class ReasoningEnv:
 class ReasoningTask:
     """Draws from all datasets alike; whether a task is held out depends on its question, not on the language."""
 
-    def __init__(self) -> None:
+    def __init__(self, datasets: Mapping[str, Mapping[str, Any]] = DATASETS) -> None:
+        """datasets: those of DATASETS to draw from, and their options."""
         self._datasets = {
             name: reasoning_gym.create_dataset(name, seed=0, size=_SIZE, **options)
-            for name, options in DATASETS.items()
+            for name, options in datasets.items()
         }
 
     def sample(self, rng: random.Random, *, held_out: bool = False) -> Callable[[], ReasoningEnv]:

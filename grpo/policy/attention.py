@@ -88,9 +88,22 @@ class Index(NamedTuple):
     q_BTHD: Tensor
     k_BTD: Tensor
     w_BTH: Tensor
+    ids_BTK: Tensor | None = None
+    """int32 positions in the sequence, -1 for none: keys to attend to instead of those with the best scores."""
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What scores are made of."""
+        return self.q_BTHD, self.k_BTD, self.w_BTH
 
     def scores(self, visible_TM: Tensor) -> Tensor:
-        return reference.index_scores(self.q_BTHD, self.k_BTD, self.w_BTH, visible_TM)
+        return reference.index_scores(*self.tensors, visible_TM)
+
+    def select(self, score_BTM: Tensor, topk: int) -> Tensor:
+        """What is attended to, bool [B, T, M]."""
+        if self.ids_BTK is None:
+            return reference.select(score_BTM.detach(), topk)
+        return reference.selected_mask(self.ids_BTK, score_BTM.shape[-1])
 
 
 def index_projections(
@@ -138,7 +151,7 @@ def attend_dense(
     if index is None:
         return reference.masked_mha(latents.q_BTHD, k_BTHD, v_BTHV, block.causal_TM, m.scaling), None
     score_BTM = index.scores(block.causal_TM)
-    selected_BTM = reference.select(score_BTM.detach(), topk)
+    selected_BTM = index.select(score_BTM, topk)
     if not with_kl:
         return reference.masked_mha(latents.q_BTHD, k_BTHD, v_BTHV, selected_BTM, m.scaling), None
     prob_BHTM = reference.masked_prob(latents.q_BTHD, k_BTHD, selected_BTM, m.scaling)
@@ -158,7 +171,10 @@ def attend_sparse(
     q_BTHC = torch.cat([torch.einsum("bthn,hnc->bthc", q_nope, w_uk), q_rope], -1)
     row_BTC = torch.cat([latents.latent_BTC, latents.k_rope_BTR], -1)
     score_BTM = index.scores(block.causal_TM)
-    ids_BTK = reference.selected_ids(reference.select(score_BTM.detach(), topk), topk)
+    if index.ids_BTK is None:
+        ids_BTK = reference.selected_ids(index.select(score_BTM, topk), topk)
+    else:
+        ids_BTK = index.ids_BTK.long()
     out_BTHC, lse_BTH = reference.sparse_mla(q_BTHC, row_BTC, ids_BTK, m.kv_lora_rank, m.scaling)
     kl_BT = None
     if with_kl:
@@ -182,12 +198,16 @@ def latent_attention(
     with_indexer_kl: bool,
     index_rotate: Rotate,
     choose: Callable[[int, int], Attend] = choose_attend,
+    selected_NK: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Multi-head latent attention over a pack, and where it has more than topk keys to choose from, DeepSeek Sparse
     Attention [DeepSeek-V2, section 2.1; DeepSeek-V3.2-Exp, eq. 1-4].
 
     The indexer reads detached inputs and learns from its KL alone; nothing else learns from the KL. Where no query
     has more than topk keys there is nothing to select.
+
+    Args:
+        selected_NK: int32 positions in their sequence, padded with -1: what to attend to, whatever the indexer says.
 
     Returns:
         The output [N, D] and, if asked for, the indexer's KL of each query [N].
@@ -200,10 +220,11 @@ def latent_attention(
     q_NHD = torch.cat([q_nope, rotate_pairs(q_rope, cos_NR[:, None], sin_NR[:, None])], -1)
     latent_NC, k_rope_NR = m.kv_a_proj_with_mqa(x_ND).split([m.kv_lora_rank, m.qk_rope_head_dim], -1)
     latents = (q_NHD, rms_norm(m.kv_a_layernorm, latent_NC), rotate_pairs(k_rope_NR, cos_NR, sin_NR))
-    index: Index | tuple[()] = ()
+    index: tuple[Tensor, ...] = ()
     if with_indexer_kl or any(topk < part.T for part in parts):
         with torch.set_grad_enabled(with_indexer_kl and torch.is_grad_enabled()):
-            index = index_projections(m.indexer, x_ND.detach(), q_NC.detach(), cos_NR, sin_NR, index_rotate)
+            index = index_projections(m.indexer, x_ND.detach(), q_NC.detach(), cos_NR, sin_NR, index_rotate).tensors
+        index += () if selected_NK is None else (selected_NK,)
     sizes = [part.tokens for part in parts]
     outs, kls = [], []
     for part, *tensors in zip(parts, *(x.split(sizes) for x in (*latents, *index)), strict=True):

@@ -104,9 +104,9 @@ def attend_masked(
     if index is None or not with_kl:
         return out_NHV, None
     if ids_NK is None:
-        inputs = *index, q_NHD, k_NHD, lse_NH, *seen
+        inputs = *index.tensors, q_NHD, k_NHD, lse_NH, *seen
         made = span.once(mla, lambda: dense_kl_gradients(*inputs, m.scaling, chunks=chunks_of(span.lengths)))
-        return out_NHV, weighted_kl(*index, made, *seen)
+        return out_NHV, weighted_kl(*index.tensors, made, *seen)
     with torch.no_grad():
         row_NC = torch.cat([latent_NC, k_rope_NR], -1)
         parts = zip(*(x.split(QUERIES_OF_A_PART) for x in (q_NHD, ids_NK, lse_NH)), strict=True)
@@ -148,7 +148,9 @@ def choose_attend(T: int, topk: int) -> Attend:
 
 
 def _select(mla: nn.Module, index: Index, span: Span, topk: int) -> Tensor:
-    q_NHD, k_ND, w_NH = (x.detach() for x in index)
+    if index.ids_BTK is not None:
+        return torch.where(index.ids_BTK < 0, -1, index.ids_BTK + span.start_N[:, None])
+    q_NHD, k_ND, w_NH = (x.detach() for x in index.tensors)
     return span.once(mla, lambda: index_topk(q_NHD, k_ND, w_NH, span.start_N, span.end_N, topk, longest=span.T))
 
 
@@ -180,4 +182,4 @@ def _absorb(m: Any, q_NHD: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _selected_kl(index: Index, prob_NK: Tensor, ids_NK: Tensor) -> Tensor:
-    return reference.indexer_kl(selected_scores(*index, ids_NK), prob_NK, ids_NK >= 0)
+    return reference.indexer_kl(selected_scores(*index.tensors, ids_NK), prob_NK, ids_NK >= 0)

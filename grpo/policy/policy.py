@@ -80,6 +80,7 @@ class PolicyLayer(nn.Module):
         topk: int,
         with_indexer_kl: bool,
         choose: Callable[[int, int], Attend],
+        selected_NK: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Returns the next x, the experts used [N, K] and the indexer's KL [N]; None where there is none."""
         normed_ND = rms_norm(self.input_layernorm, x_ND)
@@ -94,6 +95,7 @@ class PolicyLayer(nn.Module):
                 with_indexer_kl=with_indexer_kl,
                 index_rotate=self.index_rotate,
                 choose=choose,
+                selected_NK=selected_NK,
             )
         else:
             attended_ND = full_attention(self.self_attn, normed_ND, rotary, parts)
@@ -151,6 +153,7 @@ class Policy(nn.Module):
         *,
         lengths: Sequence[int] | None = None,
         routes_NLK: Tensor | None = None,
+        selected_NLK: Tensor | None = None,
         dense_attention: bool = False,
         with_indexer_kl: bool = False,
     ) -> PolicyOutput:
@@ -159,24 +162,31 @@ class Policy(nn.Module):
         Args:
             lengths: tokens of each sequence, as cu_seqlens has them; None: read from there, which waits for a GPU.
             routes_NLK: experts to use instead of the routers' choice, for every token and MoE layer [Keep Routing].
+            selected_NLK: keys to attend to instead of the indexers' choice, for every layer: index_topk positions in
+                their sequence, in any order. Rows of tokens with fewer keys are not read.
             dense_attention: attend to all earlier tokens, as in the indexer's warm-up; else to index_topk of them.
             with_indexer_kl: also compute the indexer's KL, over the keys attended to.
 
         Raises:
-            ValueError: lengths that are not those of the tokens, routes of another shape, an indexer KL asked of a
-                policy without indexer.
+            ValueError: lengths that are not those of the tokens, routes or selections of another shape, an indexer KL
+                asked of a policy without indexer, a selection beside dense attention.
         """
         lengths = lengths_of(cu_seqlens) if lengths is None else tuple(lengths)
         self._check(ids_N, lengths, routes_NLK, with_indexer_kl)
+        self._check_selected(ids_N, selected_NLK, dense_attention)
         topk = len(ids_N) if dense_attention or not self.sparse else self.config.index_topk
         x_ND = self.model.model.embed_tokens(ids_N)
         parts, choose = self._plan(lengths, x_ND, topk)
         rotary = self._rotary(x_ND, lengths)
         routes = [] if routes_NLK is None else list(routes_NLK.long().unbind(1))
+        position_N = _positions(lengths, x_ND.device) if selected_NLK is not None else None
         used, kls = [], []
         for i, layer in enumerate(self.model.model.layers):
             route_NK = routes[self.moe_layers.index(i)] if routes and i in self.moe_layers else None
-            arguments = (x_ND, rotary, parts, route_NK, topk, with_indexer_kl, choose)
+            selected_NK = None
+            if selected_NLK is not None and position_N is not None:
+                selected_NK = visible_or(selected_NLK[:, i].int(), position_N)
+            arguments = (x_ND, rotary, parts, route_NK, topk, with_indexer_kl, choose, selected_NK)
             if self.checkpointing and torch.is_grad_enabled():
                 x_ND, used_NK, kl_N = checkpoint(layer, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
@@ -215,11 +225,20 @@ class Policy(nn.Module):
             if tuple(routes_NLK.shape) != expected:
                 raise ValueError(f"routes have shape {tuple(routes_NLK.shape)}, this pack needs {expected}")
 
+    def _check_selected(self, ids_N: Tensor, selected_NLK: Tensor | None, dense_attention: bool) -> None:
+        if selected_NLK is None:
+            return
+        if dense_attention or not self.sparse:
+            raise ValueError("a selection is replayed by sparse attention: leave dense_attention off")
+        expected = (len(ids_N), len(self.model.model.layers), self.config.index_topk)
+        if tuple(selected_NLK.shape) != expected:
+            raise ValueError(f"selections have shape {tuple(selected_NLK.shape)}, this pack needs {expected}")
+
     def _rotary(self, x_ND: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
         """cos and sin [N, R/2] of positions that restart with every sequence: in x's dtype, as vLLM has them, or in
         fp32 for latent attention, as our model in the engine has them.
         """
-        position_N = to_device(torch.cat([torch.arange(length) for length in lengths]), x_ND.device)
+        position_N = _positions(lengths, x_ND.device)
         like = x_ND.new_empty(0, dtype=torch.float32 if self.family.latent else x_ND.dtype)
         angle = self.model.model.rotary_emb(like, position_N[None])
         if isinstance(angle, Tensor):  # DeepSeek-V2's are complex
@@ -232,6 +251,18 @@ class Policy(nn.Module):
         """Write a checkpoint that transformers and vLLM load, of these weights or of its own."""
         with quietly():
             self.model.save_pretrained(path, state_dict=weights)
+
+
+def _positions(lengths: Sequence[int], device: torch.device) -> Tensor:
+    """Of each token in its sequence, int64 [N]."""
+    return to_device(torch.cat([torch.arange(length) for length in lengths]), device)
+
+
+def visible_or(selected_NK: Tensor, position_N: Tensor) -> Tensor:
+    """Selections, and for tokens with no more than K keys all that they see, padded with -1: int32 [N, K]."""
+    key_K = torch.arange(selected_NK.shape[1], dtype=torch.int32, device=selected_NK.device)
+    visible_NK = torch.where(key_K <= position_N[:, None], key_K, -1)
+    return torch.where(position_N[:, None] < selected_NK.shape[1], visible_NK, selected_NK)
 
 
 def load_policy(path: Path | str, *, dtype: torch.dtype = torch.float32, checkpointing: bool = False) -> Policy:

@@ -33,7 +33,8 @@ class LiveTable:
 
     def __init__(self, config: Config, console: Console):
         self._config, self._console = config, console
-        self._domains, self._steps = list(config.domains), config.steps
+        self._steps = config.steps
+        self._domains = [name for name, domain in config.domains.items() if domain.prompts]
         self._advice: str | None = None
         self._rows: list[Mapping[str, Any]] = []
         self._live = Live(console=console, auto_refresh=False) if console.is_terminal else None
@@ -120,7 +121,7 @@ def held_out_table(before: Mapping[str, Any], after: Mapping[str, Any]) -> Table
     """
     table = Table(title=f"held-out score ({after['samples']} answers to a prompt)")
     table.add_column("domain")
-    for header in ("prompts", "before", "after", "change", "95 % interval"):
+    for header in ("prompts", "before", "after", "change", "95 % interval", "tokens"):
         table.add_column(header, justify="right")
     for domain, score in after["score"].items():
         first, last = before["prompts"][domain], after["prompts"][domain]
@@ -129,5 +130,6 @@ def held_out_table(before: Mapping[str, Any], after: Mapping[str, Any]) -> Table
         if shared > 1:
             middle, low, high = paired_by_prompt(first, last)
             change, interval = f"{middle:+.3f}", f"{low:+.3f} to {high:+.3f}"
-        table.add_row(domain, str(shared), f"{before['score'][domain]:.3f}", f"{score:.3f}", change, interval)
+        tokens = " → ".join(f"{one['tokens'][domain]:.0f}" if "tokens" in one else "-" for one in (before, after))
+        table.add_row(domain, str(shared), f"{before['score'][domain]:.3f}", f"{score:.3f}", change, interval, tokens)
     return table

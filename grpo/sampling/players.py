@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +55,10 @@ class Players:
             share = config.rollout.gpus_per_actor
             share = gpu_share(config.rollout.actors + engine_judges) if share is None else share
             pool = Pool(
-                engine_config(config, config.model), config.rollout.actors, share, limits=limits(config.rollout)
+                replace(engine_config(config, config.model), keep_selection=config.keep_selection),
+                config.rollout.actors,
+                share,
+                limits=limits(config.rollout),
             )
             stack.callback(pool.close)
             judge = None
@@ -83,7 +87,7 @@ class Players:
         """Play all draws; the prompt of one of them becomes the probe of later updates."""
         generate = self._clock.while_awaited("rollout", self.pool.generate)
         with self._clock.phase("rewards"):
-            shape = policy_shape(self._checkpoint, self._version)
+            shape = policy_shape(self._checkpoint, self._version, keep_selection=self._config.keep_selection)
             played = self._runner.run(play_draws(draws, self._config, generate, self._chat, group_size, shape))
         if played.groups:
             segment = played.groups[0].episodes[0].segments[0]

@@ -1,12 +1,13 @@
 """What can be known before the first minute is known here: nothing starts unless all of it holds."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from trimtab.grpo.config import Config
+from trimtab.grpo.config import Config, resolved
 from trimtab.grpo.cost.ledger import Beside, Plan, choose
 from trimtab.grpo.cost.shape import shape_of
 from trimtab.grpo.policy.lora import check_targets
@@ -21,6 +22,7 @@ from trimtab.grpo.stages.shapes import quickstart_policy
 from trimtab.rewards import sandbox
 from trimtab.rollout.checkpoint import read_config
 from trimtab.rollout.formats.template import vocabulary
+from trimtab.rollout.types import POSITIONS
 
 
 def complete(config: Config, *, trains: bool = True) -> tuple[Config, Plan]:
@@ -41,6 +43,8 @@ def complete(config: Config, *, trains: bool = True) -> tuple[Config, Plan]:
     for teacher in filter(None, config.references):
         check_vocabulary(teacher, config.model)
     config = resolve(config, _model(config), gpu=torch.cuda.is_available())
+    if config.keep_selection:
+        check_selects(_model(config), resolved(config.rollout.max_len))
     if config.lora.rank:
         check_targets(_model(config), config.lora.targets)
     tasks = load_tasks(config, **STAND_INS)
@@ -66,6 +70,18 @@ def plan_memory(config: Config, *, trains: bool = True) -> Plan:
     teachers = tuple(shape_of(read_config(teacher)) for teacher in config.references if teacher)
     beside = Beside(judge=judge if judges else None, teachers=teachers, trains=trains)
     return choose(config, shape_of(_model(config)), gpu_bytes, beside=beside)
+
+
+def check_selects(model: Mapping[str, Any], window: int) -> None:
+    """Raises ValueError where there is no selection to keep, or where its positions are too many."""
+    if not model.get("index_topk"):
+        raise ValueError(f"keep_selection replays what indexers select, and a {_name(model)} has none: leave it out")
+    if window > POSITIONS:
+        raise ValueError(f"keep_selection keeps 16 bits of a position, so rollout.max_len is at most {POSITIONS}")
+
+
+def _name(model: Mapping[str, Any]) -> str:
+    return str((model.get("architectures") or ["model"])[0])
 
 
 def check_vocabulary(teacher: str, student: str) -> None:

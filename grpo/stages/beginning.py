@@ -4,6 +4,7 @@ import random
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +24,23 @@ CONVERSATIONS = "conversations.jsonl"
 
 
 def sources(domains: dict[str, Domain], judge: float) -> dict[str, tuple[Demonstrate, bool, float]]:
-    """By name: what makes one conversation, whether it thinks, and its share of the examples."""
+    """By name: what makes one conversation, whether it thinks (else it shows answers alone), and its share of the
+    examples."""
 
     async def nobody(prompt: str) -> str:
         raise AssertionError("demonstrations are not judged")
 
     found: dict[str, tuple[Demonstrate, bool, float]] = {
-        name: (domain.load_task(judge=nobody).demonstrate, domain.thinking, domain.demonstrations)
+        name: (_shown(domain, domain.load_task(judge=nobody).demonstrate), domain.thinking, domain.demonstrations)
         for name, domain in domains.items()
     }
     return found | ({"judge": (alignment.judge_demonstration, True, judge)} if judge else {})
+
+
+def _shown(domain: Domain, demonstrate: Demonstrate) -> Demonstrate:
+    if domain.thinking:
+        return demonstrate
+    return lambda rng: tuple(replace(message, reasoning="") for message in demonstrate(rng))
 
 
 def write_demonstrations(settings: Demonstrations, out: Path) -> str:

@@ -14,7 +14,7 @@ from trimtab.rollout.checkpoint import moe_layers, read_config, stop_ids
 from trimtab.rollout.engine.architectures import CPU_ENVIRONMENT, DSA, SUPPORTED, options
 from trimtab.rollout.engine.sequences import Running, SequenceRecord
 from trimtab.rollout.engine.weights import Array, Handle, Layout, Named, to_tensors
-from trimtab.rollout.types import Completion, Request, Sampling
+from trimtab.rollout.types import POSITIONS, Completion, Request, Sampling
 
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -53,6 +53,8 @@ class EngineConfig:
     """Decode in CUDA graphs; needs a GPU."""
     sleep: bool = False
     """Whether the engine can rest with its GPU memory given back; needs a GPU."""
+    keep_selection: bool = False
+    """Record which keys the indexers select."""
     prefix_caching: bool = True
     """Keep what was computed of a prompt for others that begin alike."""
     stop_ids: tuple[int, ...] | None = None
@@ -70,6 +72,13 @@ class EngineConfig:
             raise ValueError(
                 f"max_model_len is {self.max_model_len}, but {self.model} has max_position_embeddings = {longest}; "
                 "lower the window (rollout.max_len in a run)"
+            )
+        if self.keep_selection and architecture not in DSA:
+            raise ValueError(f"keep_selection records what indexers select, and {architecture} has none")
+        if self.keep_selection and self.max_model_len > POSITIONS:
+            raise ValueError(
+                f"keep_selection records positions in 16 bits: max_model_len is at most {POSITIONS}, got "
+                f"{self.max_model_len}"
             )
         for name in ("max_model_len", "kv_cache_bytes", "max_num_seqs"):
             if getattr(self, name) < 1:
@@ -97,6 +106,7 @@ class Engine:
         from vllm import LLM
 
         from trimtab.rollout.engine import plugin, receive
+        from trimtab.rollout.engine.dsa import recording
 
         plugin.register()
         policy = read_config(config.model)
@@ -110,6 +120,7 @@ class Engine:
         self._running: dict[str, tuple[Running, SequenceRecord]] = {}
         self._count = self._looks = 0
         self._topk = policy.get("index_topk")
+        self._keys = int(policy["index_topk"]) if config.keep_selection else 0
         self._llm = LLM(
             model=config.model,
             skip_tokenizer_init=True,
@@ -123,7 +134,8 @@ class Engine:
             enable_chunked_prefill=True,
             generation_config="vllm",
             logprobs_mode="processed_logprobs",
-            enable_return_routed_experts=bool(self._moe_layers),
+            enable_return_routed_experts=bool(self._moe_layers or self._keys),
+            additional_config={recording.KEYS: self._keys},
             weight_transfer_config={"backend": receive.BACKEND},
             **options(policy["architectures"][0]),
             **_graph_options(config),
@@ -212,7 +224,7 @@ class Engine:
 
     def _completion(self, record: SequenceRecord) -> Completion:
         return record.completion(
-            layers=self._moe_layers, experts_per_token=self._experts_per_token, version=self.version
+            layers=self._moe_layers, experts_per_token=self._experts_per_token, keys=self._keys, version=self.version
         )
 
     def load_weights(self, weights: Mapping[str, Any] | Iterable[Named], version: int) -> None:

@@ -8,9 +8,11 @@ def register() -> None:
     from vllm import ModelRegistry
 
     from trimtab.rollout.engine import receive
+    from trimtab.rollout.engine.dsa import recording
     from trimtab.rollout.engine.dsa.model import DsaForCausalLM
 
     ModelRegistry.register_model(OURS, DsaForCausalLM)
+    recording.register()
     receive.register()
 
 

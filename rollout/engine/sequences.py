@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from trimtab.rollout.types import Completion
+from trimtab.rollout.types import UNSELECTED, Completion
 
 
 @dataclass(slots=True)
@@ -35,17 +35,21 @@ class SequenceRecord:
         if output.finish_reason is not None:
             self.finish = str(output.finish_reason)
 
-    def completion(self, *, layers: Sequence[int], experts_per_token: int, version: int) -> Completion:
+    def completion(self, *, layers: Sequence[int], experts_per_token: int, version: int, keys: int = 0) -> Completion:
         """The sequence as arrays.
 
         Args:
             layers: those with experts, whose routes are kept: the engine gives a row of every layer.
+            keys: selected keys of a row, which lie behind the experts.
         """
-        routes = np.zeros((0, len(layers), experts_per_token), np.uint8)
-        if not layers:
-            routes = np.zeros((0, 0, 0), np.uint8)
-        elif self.routes:
-            routes = np.concatenate(self.routes)[:, layers]
+        routes, selected = np.zeros((0, len(layers), experts_per_token if layers else 0), np.uint8), UNSELECTED
+        if self.routes:
+            rows = np.concatenate(self.routes)
+            experts = rows.shape[-1] - keys
+            if layers:
+                routes = rows[:, layers, :experts]
+            if keys:
+                selected = np.ascontiguousarray(rows[..., experts:])
         offsets = np.zeros(len(self.kept) + 1, np.int64)
         np.cumsum([len(ids) for ids in self.kept], out=offsets[1:])
         return Completion(
@@ -54,6 +58,7 @@ class SequenceRecord:
             kept_ids=np.concatenate([np.zeros(0, np.int32), *self.kept]),
             kept_offsets=offsets,
             routes=routes,
+            selected=selected,
             weight_version=version,
             finish="stop" if self.finish == "stop" else "length",
         )

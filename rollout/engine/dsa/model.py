@@ -9,7 +9,7 @@ row, C = latent width, R = rope width, E = experts, K = experts a token, B = seq
 queries (padded), L = their keys (padded).
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -35,6 +35,7 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 from trimtab.kernels.reference import index_scores, select, selected_ids, sparse_mla
 from trimtab.rollout.engine.dsa.modules import Experts, Mlp, Moe, Norm, Weight, masked_mqa, rotate_halves, rotate_pairs
 from trimtab.rollout.engine.dsa.paged import DecodeStep, PagedStep, plan_step
+from trimtab.rollout.engine.dsa.recording import KEYS, SELECTS
 
 SELECTED_AT_ONCE = 256
 """Queries whose selection is looked at together."""
@@ -184,10 +185,15 @@ class DsaAttention(nn.Module, AttentionLayerBase):
 
     watched: list[tuple[Tensor, Tensor, Tensor]] | None = None
     """While somebody looks (selected): index queries, head weights and keys of the tokens of each step."""
+    records = False
+    """Whether what the tokens of a step select goes to capture_fn."""
 
-    def __init__(self, config: DeepseekV32Config, prefix: str):
+    def __init__(self, config: DeepseekV32Config, index: int, prefix: str):
         super().__init__()
         c, vllm_config = config, get_current_vllm_config()
+        if vllm_config.additional_config.get(KEYS):  # vLLM looks for layer_id and capture_fn, and fills in the latter
+            self.records, self.layer_id = True, SELECTS + index
+            self.capture_fn: Callable[[Tensor], None] | None = None
         self.prefix, self.dtype = prefix, vllm_config.model_config.dtype
         self.H, self.C, self.R = c.num_attention_heads, c.kv_lora_rank, c.qk_rope_head_dim
         self.nope, self.V = c.qk_nope_head_dim, c.v_head_dim
@@ -289,18 +295,24 @@ class DsaAttention(nn.Module, AttentionLayerBase):
             N = len(metadata.slot_N)
             keys_ND = self.kv_cache.flatten(0, 1)[metadata.slot_N.long()][:, -self.D :]
             self.watched.append((index_q[:N].clone(), weight[:N].clone(), keys_ND))
+        record = self.capture_fn if self.records else None
         if step := metadata.step:
             assert len(step.slot_N) == len(q_NHW), (len(step.slot_N), len(q_NHW))
             cache = self.kv_cache.flatten(0, 1)
-            return step.attend(q_NHW, index_q, weight, cache, value_dim=self.C, topk=self.topk, scale=self.scale)
+            return step.attend(
+                q_NHW, index_q, weight, cache, value_dim=self.C, topk=self.topk, scale=self.scale, record=record
+            )
         out_NHC = q_NHW.new_zeros(*q_NHW.shape[:2], self.C)
+        id_NK = torch.full((len(q_NHW), self.topk), -1)
         for bucket in metadata.buckets:
             token = bucket.token_BT
-            out = self._attend_bucket(q_NHW[token], index_q[token], weight[token], bucket).flatten(0, 1)
-            if bucket.real is None:
-                out_NHC[token[:, 0]] = out
-            else:
-                out_NHC[token.flatten()[bucket.real]] = out[bucket.real]
+            out, id_BTK = self._attend_bucket(q_NHW[token], index_q[token], weight[token], bucket)
+            real = slice(None) if bucket.real is None else bucket.real
+            out_NHC[token.flatten()[real]] = out.flatten(0, 1)[real]
+            if id_BTK is not None:
+                id_NK[token.flatten()[real]] = id_BTK.flatten(0, 1)[real]
+        if record is not None:
+            record(id_NK)
         return out_NHC
 
     def selected(self, length: int) -> Tensor:
@@ -315,17 +327,22 @@ class DsaAttention(nn.Module, AttentionLayerBase):
             [select(index_scores(q_NHD[i], k_ND, w_NH[i], position_N <= i[:, None]), self.topk) for i in queries]
         )
 
-    def _attend_bucket(self, q_BTHW: Tensor, index_q: Tensor, weight: Tensor, bucket: Bucket) -> Tensor:
+    def _attend_bucket(
+        self, q_BTHW: Tensor, index_q: Tensor, weight: Tensor, bucket: Bucket
+    ) -> tuple[Tensor, Tensor | None]:
+        """Values [B, T, H, C], and the selected positions [B, T, topk] where they are needed and there is a choice."""
         B = len(bucket.block_BN)
         rows = self.kv_cache.index_select(0, bucket.block_BN.flatten()).view(B, -1, self.kv_cache.shape[-1])
         row_BLW, key_BLD = rows.split([self.C + self.R, self.D], -1)
         mask_BTL = bucket.visible_BTL
         length = mask_BTL.shape[-1]
+        id_BTK, gathers = None, length > GATHER_FROM * self.topk
         if length > self.topk:
             mask_BTL = select(index_scores(index_q, key_BLD, weight, mask_BTL), self.topk)
-        if length <= GATHER_FROM * self.topk:
-            return masked_mqa(q_BTHW, row_BLW, mask_BTL, self.C, self.scale)
-        return sparse_mla(q_BTHW, row_BLW, selected_ids(mask_BTL, self.topk), self.C, self.scale)[0]
+            id_BTK = selected_ids(mask_BTL, self.topk) if gathers or self.records else None
+        if id_BTK is not None and gathers:
+            return sparse_mla(q_BTHW, row_BLW, id_BTK, self.C, self.scale)[0], id_BTK
+        return masked_mqa(q_BTHW, row_BLW, mask_BTL, self.C, self.scale), id_BTK
 
 
 class FusedExperts(Experts):
@@ -343,7 +360,7 @@ class Layer(nn.Module):
 
     def __init__(self, config: DeepseekV32Config, index: int, prefix: str):
         super().__init__()
-        self.self_attn = DsaAttention(config, f"{prefix}.self_attn")
+        self.self_attn = DsaAttention(config, index, f"{prefix}.self_attn")
         if config.mlp_layer_types[index] == "sparse":
             half = torch.get_default_dtype() != torch.float32
             experts = FusedExperts if half and _has_kernels(torch.get_default_device()) else Experts

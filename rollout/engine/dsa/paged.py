@@ -8,10 +8,13 @@ Shape suffixes: N = new tokens of the step, M = logical keys, B = sequences, P =
 selected keys, H = heads, D = index head width, W = latent and rope width of a cached row, C = latent width.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+Record = Callable[[Tensor], None] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +34,7 @@ class DecodeStep:
 
     def attend(
         self, q_NHW: Tensor, index_q_NHD: Tensor, index_w_NH: Tensor, cache: Tensor, *, value_dim: int, topk: int,
-        scale: float,
+        scale: float, record: Record = None,
     ) -> Tensor:  # fmt: skip
         """As PagedStep's, with the same bits in a CUDA graph and outside; 0 for a sequence of length 0."""
         from trimtab.kernels.indexer import paged_topk
@@ -40,9 +43,18 @@ class DecodeStep:
         W = q_NHW.shape[-1]
         slot_BK = paged_topk(
             index_q_NHD, cache[:, W:], index_w_NH, self.block_BP, self.length_B, topk,
-            page_size=self.block_size, width=self.width,
+            page_size=self.block_size, width=self.width, rows=record is None,
         )  # fmt: skip
+        if record is not None:
+            record(slot_BK)  # as yet positions
+            slot_BK = self._rows(slot_BK)
         return decode_mla(q_NHW, cache[:, :W], slot_BK, self.length_B, value_dim, scale)
+
+    def _rows(self, id_BK: Tensor) -> Tensor:
+        """Where the tokens at these positions lie in the cache; -1 stays."""
+        id_BK = id_BK.long()
+        block_BK = self.block_BP.gather(1, id_BK.clamp(min=0) // self.block_size)
+        return torch.where(id_BK < 0, -1, block_BK * self.block_size + id_BK % self.block_size).int()
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,12 +77,13 @@ class PagedStep:
 
     def attend(
         self, q_NHW: Tensor, index_q_NHD: Tensor, index_w_NH: Tensor, cache: Tensor, *, value_dim: int, topk: int,
-        scale: float,
+        scale: float, record: Record = None,
     ) -> Tensor:  # fmt: skip
         """Select the best topk of each token's visible keys and attend to them, where they lie in the cache.
 
         Args:
             cache: [rows, W + D]; a row holds the latent, the rope key and the indexer's key of one token.
+            record: takes the positions of the selected keys [N, topk], if there is a choice.
 
         Returns:
             [N, H, value_dim].
@@ -86,6 +99,8 @@ class PagedStep:
                 longest=self.longest, row_M=self.row_M,
             )  # fmt: skip
             slot_NK = self.slot_M1[id_NK]
+            if record is not None:
+                record(torch.where(id_NK < 0, -1, id_NK - self.start_N[:, None]))
         return sparse_mla(q_NHW, cache[:, :W], slot_NK, value_dim, scale)[0]
 
 

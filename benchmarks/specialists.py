@@ -1,0 +1,346 @@
+"""From a dense model to a mixed one over six small domains, and what else the same tokens could have done.
+
+    python benchmarks/specialists.py run --seed 0      everything of one seed, on a GPU
+    python benchmarks/specialists.py tables            of all seeds that are there
+
+A seed is a pipeline for the beginning, and tracks behind it, which run side by side: a specialist for each domain; the
+domains mixed, straight from the beginning; one after another; mixed with a frozen indexer; mixed on the dense model.
+Then, from the specialists: their answers, one model, mixed RL, a long-reasoning variant beside it; and on-policy
+distillation. Straight and sequence play as many episodes as specialists, distillation and mixed RL together.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from rich.console import Console
+from shapes import card
+from six_domains import domains
+
+from trimtab.grpo import pipeline
+from trimtab.grpo.config import Config, Domain, LossSettings, Rollout
+from trimtab.grpo.pipeline import Pipeline
+from trimtab.grpo.recipes import long_reasoning
+from trimtab.grpo.stages.config import Blank, Conversion, Demonstrations, Distillation, Indexer, Supervised
+from trimtab.rewards.sandbox import isolation
+from trimtab.rollout.types import Sampling
+
+SIX = ("mathematics", "logic", "programming", "agent", "mending", "searching")
+WINDOW = 1024
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much of everything."""
+
+    conversations: int = 12000
+    tokens_per_step: int = 4096
+    steps: tuple[int, int, int] = (900, 150, 300)
+    """Of pre-training, warm-up and sparse training."""
+    specialist: int = 12
+    mixed: int = 12
+    straight: int = 30
+    """Batches of 8 prompts a domain: specialists 12, distillation 6, mixed 12."""
+    distilled: int = 96
+    sft: int = 60
+    held_out: int = 48
+    group: int = 8
+    prompts: int = 8
+
+
+TINY = Size(120, 1024, (4, 2, 2), 1, 1, 1, 4, 2, 2, 2, 2)
+"""That it runs."""
+
+
+def beginning(size: Size, seed: int) -> Pipeline:
+    """From nothing to a sparse policy that knows what the six domains look like."""
+    supervised = Supervised(
+        form="conversations",
+        data=("stage:demonstrations",),
+        optimizer="muon",
+        weight_decay=0.01,
+        prompt_weight=0.5,
+        tokens_per_step=size.tokens_per_step,
+        lr=3e-3,
+        max_len=WINDOW,
+        held_out=64,
+        save_every=10_000,
+        seed=seed,
+    )
+    dense, warm_up, sparse = (replace(supervised, steps=steps) for steps in size.steps)
+    return Pipeline(
+        stages={
+            "demonstrations": Demonstrations(domains=domains(), conversations=size.conversations, seed=seed),
+            "blank": Blank(
+                shape="trimtab.grpo.stages.shapes:quickstart_dense", data=("stage:demonstrations",), vocab_size=1024
+            ),
+            "dense": replace(dense, model="stage:blank", random_weights=True),
+            "converted": Conversion(
+                model="stage:dense", indexer=Indexer(index_topk=64, index_n_heads=4, index_head_dim=32, seed=seed)
+            ),
+            "warm_up": replace(
+                warm_up, model="stage:converted", dense_attention=True, learns="indexer", lr_end_share=1.0
+            ),
+            "sparse": replace(sparse, model="stage:warm_up", lr=1e-3),
+        }
+    )
+
+
+def rl(size: Size, seed: int, model: str, trained: Sequence[str] = SIX, *, steps: int) -> Config:
+    """RL over some of the domains, measured on all. What is answered with thinking and without trains as both."""
+    every = domains()
+    for name, domain in every.items():
+        kind = name.removesuffix("_direct")
+        prompts = size.prompts // 2 if f"{kind}_direct" in every else size.prompts
+        every[name] = replace(domain, prompts=prompts if kind in trained else 0)
+    return Config(
+        model=model,
+        domains=every,
+        steps=steps,
+        lr=3e-4,
+        group_size=size.group,
+        held_out=size.held_out,
+        save_every=10_000,
+        rollout=Rollout(max_len=WINDOW, kv_cache_mib=1024),
+        sampling=Sampling(max_tokens=128),
+        sandbox="limits" if isolation().startswith(("none", "limits")) else "isolated",
+        seed=seed,
+    )
+
+
+def first_tracks(size: Size, seed: int, base: Path) -> dict[str, Pipeline]:
+    """What needs the beginning alone."""
+    dense, sparse = (newest(base / name) for name in ("dense", "sparse"))
+    straight = rl(size, seed, sparse, steps=size.straight)
+    tracks = {
+        "straight": Pipeline(stages={"straight": straight}),
+        "frozen": Pipeline(stages={"frozen": replace(straight, indexer_kl=0.0)}),
+        "dense": Pipeline(stages={"dense": replace(straight, model=dense)}),
+    }
+    before = sparse
+    chain = {}
+    for name in SIX:
+        tracks[name] = Pipeline(stages={name: rl(size, seed, sparse, (name,), steps=size.specialist)})
+        chain[f"then_{name}"] = rl(size, seed, before, (name,), steps=size.straight)
+        before = f"stage:then_{name}"
+    return tracks | {"sequence": Pipeline(stages=chain)}
+
+
+def last_tracks(size: Size, seed: int, base: Path, specialists: Path) -> dict[str, Pipeline]:
+    """What needs the specialists."""
+    sparse = newest(base / "sparse")
+    teachers = {name: newest(specialists / name / name) for name in SIX}
+    start = rl(size, seed, sparse, steps=size.mixed)
+    taught: dict[str, Domain] = {
+        name: replace(domain, teacher=teachers[name.removesuffix("_direct")]) for name, domain in start.domains.items()
+    }
+    mixed = replace(start, model="stage:sft")
+    own = LossSettings(beta=1.0, surrogate=False)
+    student = {name: replace(domain, loss=own) for name, domain in taught.items()}
+    supervised = beginning(size, seed).stages["sparse"]
+    assert isinstance(supervised, Supervised)
+    return {
+        "distilled": Pipeline(
+            stages={
+                "distil": Distillation(
+                    domains=taught,
+                    prompts=size.distilled,
+                    prompts_at_once=size.distilled,
+                    rollout=start.rollout,
+                    sampling=start.sampling,
+                    sandbox=start.sandbox,
+                    max_tokens=192,
+                    seed=seed,
+                ),
+                "sft": replace(supervised, model=sparse, data=("stage:distil",), steps=size.sft, lr=3e-4, held_out=4),
+                "mixed": mixed,
+                "long": long_reasoning(mixed, ("mathematics", "logic")),
+            }
+        ),
+        "on_policy": Pipeline(stages={"on_policy": replace(start, kl="full", domains=student)}),
+    }
+
+
+def newest(stage: Path) -> str:
+    """The last checkpoint of a finished stage."""
+    return str(max((stage / "checkpoints").glob("step-*[0-9]")).resolve())
+
+
+def run(size: Size, seed: int, home: Path) -> None:
+    """All of one seed."""
+    folder, console = home / f"seed{seed}", Console()
+    if code := pipeline.run(beginning(size, seed), folder / "base", console):
+        raise SystemExit(code)
+    for names in (first_tracks(size, seed, folder / "base"), ("distilled", "on_policy")):
+        command = [sys.executable, __file__, "track", "--seed", str(seed), "--out", str(home)]
+        command += ["--tiny"] if size == TINY else []
+
+        def play(name: str, command: Sequence[str] = tuple(command)) -> int:
+            with (folder / f"{name}.log").open("a") as log:
+                return subprocess.run([*command, "--track", name], stdout=log, stderr=subprocess.STDOUT).returncode
+
+        with ThreadPoolExecutor(len(names) if card().gib > 16 else 1) as side_by_side:
+            failed = [name for name, code in zip(names, side_by_side.map(play, names), strict=True) if code]
+        if failed:
+            raise SystemExit(f"failed: {', '.join(failed)}; see {folder}/TRACK.log, and the same command goes on")
+
+
+def track(size: Size, seed: int, home: Path, name: str) -> int:
+    folder = home / f"seed{seed}"
+    base = folder / "base"
+    last = name in ("distilled", "on_policy")
+    tracks = last_tracks(size, seed, base, folder) if last else first_tracks(size, seed, base)
+    return pipeline.run(tracks[name], folder / name, Console(width=120))
+
+
+def state(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "pipeline.json").read_text())
+
+
+def held_out(stage: Path, when: str = "after") -> dict[str, Any]:
+    return json.loads((stage / "held_out.json").read_text())[when]
+
+
+def tables(home: Path) -> None:
+    """Every table, over the seeds that are whole."""
+    seeds = sorted(
+        folder for folder in home.glob("seed*") if (folder / "distilled" / "long" / "held_out.json").is_file()
+    )
+    if not seeds:
+        raise SystemExit(f"{home} has no finished seed")
+    names = list(domains())
+    print(f"{len(seeds)} seeds; means, in brackets the standard deviation over seeds where it exceeds 0.02\n")
+
+    def show(title: str, rows: Mapping[str, tuple[str, str, str]]) -> None:
+        """rows: by what they are, track, stage, and before or after."""
+        print(f"\n{title}\n")
+        print(f"| | {' | '.join(names)} | mean of six |")
+        print(f"| --- |{' --- |' * (len(names) + 1)}")
+        for label, (where, stage, when) in rows.items():
+            found = [held_out(seed / where / stage, when)["score"] for seed in seeds]
+            cells = [spread([one[name] for one in found]) for name in names]
+            print(f"| {label} | {' | '.join(cells)} | {spread([fmean(one[n] for n in SIX) for one in found])} |")
+
+    show(
+        "Specialists, distilled, mixed",
+        {"cold start": ("straight", "straight", "before")}
+        | {f"specialist: {name}": (name, name, "after") for name in SIX}
+        | {
+            "distilled": ("distilled", "mixed", "before"),
+            "distilled, then mixed RL": ("distilled", "mixed", "after"),
+            "mixed RL straight from the cold start": ("straight", "straight", "after"),
+            "one after another": ("sequence", f"then_{SIX[-1]}", "after"),
+            "on-policy distillation": ("on_policy", "on_policy", "after"),
+        },
+    )
+    show("One after another: what is forgotten", {f"then {n}": ("sequence", f"then_{n}", "after") for n in SIX})
+    show(
+        "The same RL on the dense model, and with a frozen indexer",
+        {
+            "dense, before": ("dense", "dense", "before"),
+            "dense, after": ("dense", "dense", "after"),
+            "sparse, before": ("straight", "straight", "before"),
+            "sparse, after": ("straight", "straight", "after"),
+            "sparse, frozen indexer, after": ("frozen", "frozen", "after"),
+        },
+    )
+    print("\n| indexer in RL | mismatch KL | indexer KL, first | last | selected alike, ids | attention mass |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for name in ("dense", "straight", "frozen"):
+        rows = [metrics(seed / name / name) for seed in seeds]
+        mismatch = fmean(row["mismatch_kl"] for run in rows for row in run if "mismatch_kl" in row)
+        cells = [f"{mismatch:.1e}"]
+        for key, take in (("indexer_kl", 0), ("indexer_kl", -1), ("selection/ids", -1), ("selection/mass", -1)):
+            values = [[row[key] for row in run if row.get(key)] for run in rows]
+            cells.append(f"{fmean(one[take] for one in values):.4f}" if all(values) else "-")
+        print(f"| {name} | {' | '.join(cells)} |")
+    print("\n| after the distilled model | score | tokens | score | tokens |\n| --- | --- | --- | --- | --- |")
+    for label, stage, when in (
+        ("distilled", "mixed", "before"),
+        ("mixed RL", "mixed", "after"),
+        ("long reasoning", "long", "after"),
+    ):
+        found = [held_out(seed / "distilled" / stage, when) for seed in seeds]
+        cells = [
+            cell
+            for name in ("mathematics", "logic")
+            for cell in (
+                spread([one["score"][name] for one in found]),
+                f"{fmean(one['tokens'][name] for one in found):.1f}",
+            )
+        ]
+        print(f"| {label} | {' | '.join(cells)} |")
+    print("\n| track | tokens sampled, thousands | seconds |\n| --- | --- | --- |")
+    for name in (*SIX, "distilled", "straight", "sequence", "on_policy", "dense", "frozen"):
+        stages = [state(seed / name).values() for seed in seeds]
+        sampled = [sum(row["tokens"] or 0 for row in rows if row["kind"] != "Supervised") for rows in stages]
+        seconds = fmean(sum(row["seconds"] for row in rows) for rows in stages)
+        print(f"| {name} | {fmean(sampled) / 1000:.0f} | {seconds:.0f} |")
+    plot(seeds, home / "rl.png")
+
+
+def metrics(stage: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (stage / "metrics.jsonl").read_text().splitlines()]
+
+
+def spread(values: Sequence[float]) -> str:
+    middle = fmean(values)
+    deviation = (sum((value - middle) ** 2 for value in values) / max(len(values) - 1, 1)) ** 0.5
+    return f"{middle:.2f}" + (f" ({deviation:.2f})" if deviation > 0.02 else "")
+
+
+def plot(seeds: Sequence[Path], file: Path) -> None:
+    """Rewards of the dense and the sparse policy by rollout batch: means over seeds, with their range."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(2, 3, figsize=(9, 5), sharex=True, layout="constrained")
+    for name, axis in zip(SIX, axes.flat, strict=True):
+        for run_name, colour in (("dense", "#888888"), ("straight", "#1f6fb4"), ("frozen", "#d98032")):
+            curves = [[row.get(f"reward/{name}") for row in metrics(seed / run_name / run_name)] for seed in seeds]
+            steps = [column for column in zip(*curves, strict=False) if None not in column]
+            middle = [fmean(column) for column in steps]
+            axis.plot(range(1, len(middle) + 1), middle, color=colour, label=LABELS[run_name])
+            axis.fill_between(
+                range(1, len(middle) + 1), [*map(min, steps)], [*map(max, steps)], color=colour, alpha=0.15, lw=0
+            )
+        axis.set_title(name, fontsize=10)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0, 0].legend(frameon=False, fontsize=8)
+    figure.supxlabel("rollout batch")
+    figure.supylabel("reward")
+    figure.savefig(file, dpi=120)
+
+
+LABELS = {"dense": "dense", "straight": "sparse", "frozen": "sparse, frozen indexer"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("run", "track", "tables"))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("runs/specialists"))
+    parser.add_argument("--track")
+    parser.add_argument("--tiny", action="store_true")
+    options = parser.parse_args()
+    size = TINY if options.tiny else Size()
+    match options.what:
+        case "run":
+            run(size, options.seed, options.out)
+        case "track":
+            raise SystemExit(track(size, options.seed, options.out, options.track))
+        case "tables":
+            tables(options.out)
+
+
+if __name__ == "__main__":
+    main()
