@@ -1,11 +1,12 @@
 """DSA as a conversion: a dense model from nothing learns to recall, and its sparse copy before and after each stage.
 
-    python benchmarks/recall.py              three seeds, small, on two cores
+    python benchmarks/recall.py --seeds 0    on two cores
     python benchmarks/recall.py --large      longer worlds and a larger model, on a GPU
 
-A user states facts, the assistant recites their values by key, and over two keys. A value's distance is that to the
-fact that tells it, in tokens, in multiples of index_topk: what is farther than 1 cannot be selected by being near. It
-is right if its token is the likeliest.
+A user states facts (" bade fimo;"), the assistant says them again, in another order or the same, and then what follows
+from two of them at a time. The model learns on few facts first and then on many. A value's distance is that to the fact
+that tells it, in tokens, in multiples of index_topk: what is farther than 1 cannot be selected by being near. It is
+right if its token is the likeliest.
 """
 
 import argparse
@@ -13,7 +14,7 @@ import json
 import random
 from collections import defaultdict
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import torch
 from rich.console import Console
 from transformers import AutoTokenizer, DeepseekV3Config
 
-from trimtab.environments.tasks.recall import Recital, recital
+from trimtab.environments.base import Message
 from trimtab.grpo import pipeline
 from trimtab.grpo.pipeline import Pipeline
 from trimtab.grpo.policy.policy import Policy, load_policy
@@ -33,70 +34,119 @@ from trimtab.rollout.formats.openai_messages import to_openai
 from trimtab.rollout.formats.template import load_format
 
 HELD_OUT = 64
+EPOCHS = 2
+"""Passes over the data, about."""
 BUCKETS = (0, 2, 4, 8, 16, 32)
+SYLLABLES = [a + b for a, b in product("bdfgklmnprstvz", "aeio")]
+WORDS = sorted({a + b for a, b in product(SYLLABLES[::3], SYLLABLES[1::3])})
+"""361 words of two syllables, always behind a space: a tokenizer has one token for each, and none can be guessed."""
 
 
 @dataclass(frozen=True)
 class Size:
     """How large a world, a model and its training are."""
 
-    facts: tuple[int, int]
-    documents: int
+    words: int
+    few: int
+    """Facts that the first documents have at most ..."""
+    many: int
+    """... and the others."""
     shape: str
     indexer: Indexer
     settings: dict[str, Any]
-    steps: tuple[int, int, int]
-    """Of pre-training, warm-up and sparse training."""
-    rates: tuple[float, float, float]
+    steps: tuple[int, int, int, int]
+    """On few facts, on many, of the warm-up and of sparse training."""
+    rates: tuple[float, float, float, float]
 
 
 SMALL = Size(
-    facts=(2, 64),
-    documents=6000,
+    words=64,
+    few=12,
+    many=40,
     shape="trimtab.grpo.stages.shapes:quickstart_dense",
-    indexer=Indexer(index_topk=16, index_n_heads=4, index_head_dim=32),
-    settings={"tokens_per_step": 2048, "tokens_per_microbatch": 4096, "max_len": 768, "precision": "fp32"},
-    steps=(900, 150, 150),
-    rates=(3e-3, 3e-3, 1e-3),
+    indexer=Indexer(index_topk=8, index_n_heads=4, index_head_dim=32),
+    settings={"tokens_per_step": 2048, "tokens_per_microbatch": 4096, "max_len": 512, "precision": "fp32"},
+    steps=(900, 1200, 200, 200),
+    rates=(3e-3, 3e-3, 3e-3, 1e-3),
 )
 LARGE = Size(
-    facts=(2, 160),
-    documents=12000,
+    words=361,
+    few=16,
+    many=160,
     shape=f"{Path(__file__)}:large_dense",
     indexer=Indexer(index_topk=32, index_n_heads=8, index_head_dim=64),
     settings={"tokens_per_step": 16384, "tokens_per_microbatch": 16384, "max_len": 1536},
-    steps=(700, 100, 100),
-    rates=(2e-3, 2e-3, 5e-4),
+    steps=(800, 800, 150, 200),
+    rates=(2e-3, 2e-3, 2e-3, 5e-4),
 )
 
 
+@dataclass(frozen=True)
+class Recital:
+    """Facts in a row, and a recital of all that follows from them.
+
+    asked are pairs of places: where in the recital a value begins, and where among the facts the one that tells it.
+    """
+
+    facts: str
+    recital: str
+    asked: tuple[tuple[int, int], ...]
+
+    @property
+    def messages(self) -> tuple[Message, Message]:
+        return Message("user", self.facts), Message("assistant", self.recital)
+
+
+def recital(rng: random.Random, words: list[str], most: int) -> Recital:
+    """Of 2 to `most` facts, few as often as many; a third of the values are keys of other facts."""
+    keys = rng.sample(words, round(2 * (most / 2) ** rng.random()))
+    others = [word for word in words if word not in set(keys)]
+    facts = {key: rng.choice(keys if rng.random() < 1 / 3 else others) for key in keys}
+    told, places = "facts:", dict[str, int]()
+    for key, value in facts.items():
+        places[key] = len(told)
+        told += f" {key} {value};"
+    again = keys if rng.random() < 1 / 3 else rng.sample(keys, len(keys))
+    linked = [key for key in keys if facts[key] in facts]
+    said, asked = "once:", list[tuple[int, int]]()
+    for key in again:
+        asked.append((len(said) + len(key) + 1, places[key]))
+        said += f" {key} {facts[key]};"
+    said += " twice:" if linked else ""
+    for key in rng.sample(linked, len(linked)):
+        asked.append((len(said) + len(key) + 1, min(places[key], places[facts[key]])))
+        said += f" {key} {facts[facts[key]]};"
+    return Recital(told, said, tuple(asked))
+
+
 def large_dense(vocab_size: int, bos_id: int, eos_id: int) -> DeepseekV3Config:
-    """About 45 M parameters: eight layers of the quickstart's kind, wider."""
+    """About 20 M parameters: six layers of the quickstart's kind, wider."""
     small = quickstart_dense(vocab_size, bos_id, eos_id).to_dict()
     follows = ("head_dim", "qk_head_dim", "layer_types", "mlp_layer_types")
     small = {key: value for key, value in small.items() if key not in follows}
     wider = {
-        "hidden_size": 512,
-        "intermediate_size": 1536,
+        "hidden_size": 384,
+        "intermediate_size": 1024,
         "moe_intermediate_size": 128,
-        "num_hidden_layers": 8,
+        "num_hidden_layers": 6,
         "num_attention_heads": 8,
         "num_key_value_heads": 8,
-        "q_lora_rank": 256,
-        "kv_lora_rank": 256,
+        "q_lora_rank": 192,
+        "kv_lora_rank": 128,
         "qk_nope_head_dim": 64,
-        "qk_rope_head_dim": 64,
+        "qk_rope_head_dim": 32,
         "v_head_dim": 64,
-        "initializer_range": 0.02,
+        "initializer_range": 0.03,
     }
     return DeepseekV3Config(**(small | wider))
 
 
-def stages(size: Size, data: Path, seed: int) -> Pipeline:
+def stages(size: Size, few: Path, many: Path, seed: int) -> Pipeline:
     base = Supervised(
         form="conversations",
         thinking=False,
-        data=(str(data),),
+        data=(str(many),),
+        prompt_weight=0.1,
         optimizer="muon",
         weight_decay=0.01,
         held_out=HELD_OUT,
@@ -104,13 +154,14 @@ def stages(size: Size, data: Path, seed: int) -> Pipeline:
         seed=seed,
         **size.settings,
     )
-    pretrain, warm_up, sparse = (
+    first, longer, warm_up, sparse = (
         replace(base, steps=steps, lr=lr) for steps, lr in zip(size.steps, size.rates, strict=True)
     )
     return Pipeline(
         stages={
-            "blank": Blank(shape=size.shape, data=(str(data),), vocab_size=1024),
-            "dense": replace(pretrain, model="stage:blank", random_weights=True),
+            "blank": Blank(shape=size.shape, data=(str(few), str(many)), vocab_size=1024),
+            "few": replace(first, model="stage:blank", random_weights=True, data=(str(few),)),
+            "dense": replace(longer, model="stage:few"),
             "converted": Conversion(model="stage:dense", indexer=replace(size.indexer, seed=seed)),
             "warm_up": replace(warm_up, model="stage:converted", dense_attention=True, learns="indexer"),
             "sparse": replace(sparse, model="stage:warm_up"),
@@ -118,14 +169,21 @@ def stages(size: Size, data: Path, seed: int) -> Pipeline:
     )
 
 
-def write_world(size: Size, folder: Path, seed: int) -> list[Recital]:
-    """Conversations to train on, and behind them those that are held out, which are returned."""
+def write_world(size: Size, folder: Path, seed: int) -> tuple[Path, Path, list[Recital]]:
+    """Conversations of few facts and of many, and of the latter those that are held out."""
     rng = random.Random(f"recall{seed}")
-    found = [recital(rng, *size.facts) for _ in range(size.documents + HELD_OUT)]
+    words = WORDS[:: len(WORDS) // size.words][: size.words]
     folder.mkdir(parents=True, exist_ok=True)
-    lines = (json.dumps({"messages": to_openai(one.messages)}) + "\n" for one in found)
-    (folder / "recitals.jsonl").write_text("".join(lines))
-    return found[-HELD_OUT:]
+    files = []
+    for most, steps in ((size.few, size.steps[0]), (size.many, sum(size.steps[1:]))):
+        tokens, found = steps * size.settings["tokens_per_step"] / EPOCHS, list[Recital]()
+        while tokens > 0 or len(found) < 2 * HELD_OUT:
+            found.append(recital(rng, words, most))
+            tokens -= 3 * len(found[-1].asked) + found[-1].facts.count(";") * 3
+        files.append(folder / f"{most}.jsonl")
+        lines = (json.dumps({"messages": to_openai(one.messages)}) + "\n" for one in found)
+        files[-1].write_text("".join(lines))
+    return *files, found[-HELD_OUT:]
 
 
 @torch.no_grad()
@@ -165,8 +223,8 @@ def likeliest(policy: Policy, ids_N: torch.Tensor) -> np.ndarray:
 def run(size: Size, seed: int, home: Path, console: Console) -> list[list[str]]:
     """All stages of one seed; a row for each state of the model."""
     folder = home / f"seed{seed}"
-    held_out = write_world(size, folder, seed)
-    if code := pipeline.run(stages(size, folder / "recitals.jsonl", seed), folder / "stages", console):
+    few, many, held_out = write_world(size, folder, seed)
+    if code := pipeline.run(stages(size, few, many, seed), folder / "stages", console):
         raise SystemExit(code)
     state = json.loads((folder / "stages" / "pipeline.json").read_text())
     figures = {name: state[name]["figures"] for name in ("dense", "warm_up", "sparse")}

@@ -3,7 +3,6 @@
 Shape suffixes: N = query tokens of all sequences, M = key tokens, H = heads, D = head width, K = selected keys.
 """
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from trimtab.kernels.by_key import slots_by_key, sum_by_key
+from trimtab.kernels.reference import hadamard
 from trimtab.kernels.topk import topk_ids
 
 SCORES_AT_ONCE = 1 << 26
@@ -298,18 +298,9 @@ def quantize_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
     block_r = 16 if x.dtype == torch.float32 else 64
     if rows:
         _quantize_kernel[(triton.cdiv(rows, block_r),)](
-            x, _hadamard(D, x.dtype, x.device), out, scale, rows, D, _precision(x), block_r, _padded(D)
+            x, hadamard(D, x.dtype, x.device), out, scale, rows, D, _precision(x), block_r, _padded(D)
         )
     return out, scale
-
-
-@cache
-def _hadamard(width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Sylvester's matrix of +-1, by doubling."""
-    matrix = torch.ones(1, 1, dtype=dtype, device=device)
-    while len(matrix) < width:
-        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-    return matrix.contiguous()
 
 
 @triton.jit

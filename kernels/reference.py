@@ -5,6 +5,8 @@ V = value width or vocabulary, K = selected keys, S = sampled tokens, E = kept i
 dimensions, written "...", are allowed where stated.
 """
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -46,6 +48,30 @@ def select(score_TM: Tensor, k: int) -> Tensor:
     tied_TM = score_TM == threshold_T1
     room_T1 = k - above_TM.sum(-1, keepdim=True)
     return (above_TM | (tied_TM & (tied_TM.cumsum(-1) <= room_T1))) & visible_TM
+
+
+@cache
+def hadamard(width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Sylvester's matrix of +-1, by doubling."""
+    matrix = torch.ones(1, 1, dtype=dtype, device=device)
+    while len(matrix) < width:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    return matrix.contiguous()
+
+
+def fp8_rows(x: Tensor) -> Tensor:
+    """Rows as FP8 keeps them: rotated by a Hadamard matrix and rounded to e4m3 with one scale a row, here in float32.
+
+    Products of two such rows are those of the rows, but for the rounding [DeepSeek-V3.2-Exp, public inference code].
+
+    Args:
+        x: [..., D], D a power of two.
+    """
+    D = x.shape[-1]
+    y = x.float() @ hadamard(D, torch.float32, x.device) * D**-0.5
+    top = y.abs().amax(-1, keepdim=True)
+    scale = torch.where(top > 0, top / 448.0, 1.0)
+    return (y / scale).clamp(-448.0, 448.0).to(torch.float8_e4m3fn).float() * scale
 
 
 def selected_ids(selected_TM: Tensor, k: int) -> Tensor:

@@ -165,7 +165,9 @@ def test_fp8_rows_are_rotated_scaled_and_rounded(shape, dtype):
     assert out.dtype == torch.float8_e4m3fn and scale.dtype == torch.float32 and scale.shape == shape[:-1]
     expected, expected_scale = _quantize(x)
     assert relative_error(scale, expected_scale) < 1e-6
-    assert relative_error(out.float() * scale[..., None], expected.float() * expected_scale[..., None]) < ROUNDING
+    rounded = out.float() * scale[..., None]
+    assert relative_error(rounded, expected.float() * expected_scale[..., None]) < ROUNDING
+    assert relative_error(rounded, reference.fp8_rows(x)) < ROUNDING
 
 
 def test_fp8_zero_rows_have_scale_one_and_odd_widths_are_refused():

@@ -15,12 +15,13 @@ from tiny import save_tiny, save_tiny_deepseek, tiny_deepseek
 
 from trimtab.grpo.config import Rollout
 from trimtab.grpo.policy.policy import load_policy
-from trimtab.grpo.policy.selection import noting_selection
+from trimtab.grpo.policy.selection import agreement, noting_selection
 from trimtab.grpo.recipes import quickstart
 from trimtab.grpo.sampling import players
 from trimtab.grpo.sampling.sync import differing, selection_agreement
 from trimtab.grpo.stages.config import Indexer
 from trimtab.grpo.stages.convert import convert
+from trimtab.kernels import reference
 from trimtab.rollout.engine.engine import Engine, EngineConfig
 from trimtab.rollout.engine.weights import checksums
 from trimtab.rollout.types import Completion, Request, Sampling
@@ -334,6 +335,17 @@ def test_a_converted_checkpoint_samples_as_its_dense_source(tmp_path):
         engine.close()
 
 
+def test_without_rounding_the_selection_in_fp8_is_the_policys(checkpoint, monkeypatch):
+    """The rotation alone changes no product."""
+    rotate = reference.hadamard(16, torch.float32, torch.device("cpu")) / 4
+    monkeypatch.setattr(reference, "fp8_rows", lambda x: x @ rotate)
+    policy, ids = load_policy(checkpoint), prompt(60, 12)
+    with torch.no_grad(), noting_selection(policy) as chosen:
+        policy(torch.tensor(ids), torch.tensor([0, len(ids)]))
+    shares, _ = agreement(chosen, chosen.in_fp8)
+    assert min(shares) > 0.999
+
+
 def test_the_engine_selects_what_the_policy_selects(checkpoint):
     """In chunks of 64 tokens, with requests before and behind that share the beginning; then with other weights."""
     ids = prompt(150, 11)
@@ -353,6 +365,7 @@ def test_the_engine_selects_what_the_policy_selects(checkpoint):
             assert packed.shape == (3, len(ids) - 16, -(-len(ids) // 8))
             found = selection_agreement([packed], chosen)
             assert found["selection/ids"] > 0.999 and found["selection/mass"] > 0.999
+            assert 0.8 < found["selection/fp8_ids"] < 1 and 0.8 < found["selection/fp8_mass"] < 1
             packed[0] = 0
             assert selection_agreement([packed, packed], chosen)["selection/ids"] == pytest.approx(2 / 3, abs=1e-3)
         with pytest.raises(ValueError, match="16 tokens and index_topk = 16: nothing is selected"):

@@ -62,6 +62,9 @@ class Chosen:
         """Of each layer: bool [T - topk, T], queries from position topk on."""
         self.attention: list[Tensor] = []
         """... and its attention, mean over heads: float32 [T - topk, T]."""
+        self.in_fp8: list[Tensor] = []
+        """What the same indexer selects whose queries and keys are rounded to FP8, as `selected`; empty where its width
+        is no power of two, which FP8's rotation needs."""
 
     def attend(
         self, mla: nn.Module, latents: Latents, index: Index | None, block: Block, topk: int, with_kl: bool
@@ -69,6 +72,11 @@ class Chosen:
         """Sparse attention (attention.Attend) that takes note of what it does."""
         assert index is not None and topk == self._topk < block.T and len(block.lengths) == 1
         outs, selected, attention = [], [], []
+        rounds = index.k_BTD.shape[-1].bit_count() == 1
+        if rounds:
+            rounded = Index(reference.fp8_rows(index.q_BTHD), reference.fp8_rows(index.k_BTD), index.w_BTH)
+            scores = (score_BTM for _, _, score_BTM, _ in _by_queries(mla, latents, rounded, block))
+            self.in_fp8.append(torch.cat([reference.select(one, topk)[0].cpu() for one in scores])[topk:])
         for _, _, score_BTM, attend in _by_queries(mla, latents, index, block):
             selected_BTM = reference.select(score_BTM, topk)
             prob_BHTM, out_BTHV = attend(selected_BTM)

@@ -79,7 +79,7 @@ def check(
 
 def selection_agreement(engines: Sequence[np.ndarray], chosen: Chosen) -> dict[str, float]:
     """The share of the policy's selected keys that the engines select too, and of its attention that falls on them:
-    means over layers, of the engine that agrees least.
+    means over layers, of the engine that agrees least. The same of the policy's own indexer in FP8.
 
     Args:
         engines: what Engine.selection gives, of each.
@@ -91,7 +91,11 @@ def selection_agreement(engines: Sequence[np.ndarray], chosen: Chosen) -> dict[s
         ids, mass = agreement(chosen, list(theirs))
         found.append((fmean(ids), fmean(mass)))
     ids_share, mass_share = min(found)
-    return {"selection/ids": ids_share, "selection/mass": mass_share}
+    shares = {"selection/ids": ids_share, "selection/mass": mass_share}
+    if chosen.in_fp8:
+        ids, mass = agreement(chosen, chosen.in_fp8)
+        shares |= {"selection/fp8_ids": fmean(ids), "selection/fp8_mass": fmean(mass)}
+    return shares
 
 
 def _difference(probe: Request, completion: Completion, score: Callable[[Segment], Tensor]) -> float:
