@@ -206,11 +206,11 @@ def recall(checkpoint: Path, held_out: list[Recital], topk: int) -> list[float]:
         hits_N = likeliest(policy, torch.from_numpy(ids_N).long().to(device))
         for where, source in one.asked:
             place, end = value.get(where, (0, 0))  # a word's token begins with the space before it
-            if one.recital[end : end + 1] == ";":
-                bucket = np.searchsorted(BUCKETS, (place - fact[source]) / topk, side="right") - 1
+            bucket = np.searchsorted(BUCKETS, (place - fact[source]) / topk, side="right") - 1
+            if one.recital[end : end + 1] == ";" and bucket < len(BUCKETS) - 1:
                 right[bucket] += bool(hits_N[place])
                 asked[bucket] += 1
-    return [right[i] / asked[i] if asked[i] else float("nan") for i in range(len(BUCKETS))]
+    return [right[i] / asked[i] if asked[i] else float("nan") for i in range(len(BUCKETS) - 1)]
 
 
 def likeliest(policy: Policy, ids_N: torch.Tensor) -> np.ndarray:
@@ -259,7 +259,7 @@ def main() -> None:
     rows = [row for seed in arguments.seeds for row in run(size, seed, arguments.out, Console())]
     card = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "a CPU"
     print(f"\n{card}, torch {torch.__version__}, index_topk {size.indexer.index_topk}\n")
-    names = [f"{low}-{high}" for low, high in pairwise(BUCKETS)] + [f"{BUCKETS[-1]}+"]
+    names = [f"{low}-{high}" for low, high in pairwise(BUCKETS)]
     header = ["seed", "model", "loss", "loss, dense attention", "indexer KL", "selected mass by layer", *names]
     for line in (header, ["---"] * len(header), *rows):
         print(f"| {' | '.join(line)} |")

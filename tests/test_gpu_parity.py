@@ -40,10 +40,12 @@ def sample(engine: Engine) -> list[Trajectory]:
 
 
 @torch.no_grad()
-def mismatch(policy: Policy, batch: list[Trajectory]) -> tuple[float, float]:
+def mismatch(policy: Policy, batch: list[Trajectory], *, replay: bool = False) -> tuple[float, float]:
     """Mean mismatch KL and largest |log ratio|."""
     (packed,) = (packed.to(DEVICE) for packed in pack(batch, max_tokens=1 << 16))
-    hidden_ND = policy(packed.ids_N, packed.cu_seqlens, routes_NLK=packed.routes_NLK).hidden_ND
+    selected = packed.selected_NLK if replay else None
+    out = policy(packed.ids_N, packed.cu_seqlens, routes_NLK=packed.routes_NLK, selected_NLK=selected)
+    hidden_ND = out.hidden_ND
     kept = (packed.token_S, packed.kept_id_E, packed.kept_offset_S)
     logp_S = kept_logp(hidden_ND[packed.predict_S], policy.head_weight, *kept, SAMPLING.temperature)
     kl_S = mismatch_kl(logp_S.double(), packed.old_logp_S.double())
@@ -81,3 +83,21 @@ def test_the_ratio_is_one_before_and_after_an_update(dtype, kl, log_ratio, tmp_p
     assert before[0] < kl and before[1] < log_ratio
     assert after[0] < kl and after[1] < log_ratio
     assert stale[0] > 10 * after[0]
+
+
+@needs_gpu
+@pytest.mark.parametrize(("dtype", "graphs", "kl"), [("float32", False, 1e-9), ("bfloat16", True, 5e-2)])
+def test_recorded_selections_replay_in_a_policy_whose_indexer_selects_others(dtype, graphs, kl, tmp_path: Path):
+    save_tiny_deepseek(tmp_path, initializer_range=0.1, max_position_embeddings=1024)
+    policy = load_policy(tmp_path).to(DEVICE)
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for weight in policy.indexer_parameters():
+            weight.copy_(0.1 * torch.randn_like(weight))
+    sizes = {"max_model_len": 1024, "kv_cache_bytes": 64 << 20, "max_num_seqs": 16, "max_batched_tokens": 256}
+    engine = Engine(EngineConfig(model=str(tmp_path), dtype=dtype, graphs=graphs, keep_selection=True, **sizes))
+    batch = sample(engine)
+    engine.close()
+    without, replayed = mismatch(policy, batch), mismatch(policy, batch, replay=True)
+    print(f"{dtype}: KL and largest |log ratio| without {without}, replayed {replayed}")
+    assert replayed[0] < kl and replayed[0] < without[0] / 2

@@ -54,6 +54,7 @@ def segment(name: str, prompt: tuple[int, ...], one: Completion) -> Segment:
         logp=one.logp,
         kept_ids=one.kept_ids,
         kept_offsets=one.kept_offsets,
+        selected=one.selected,
         routes=one.routes if one.routes.shape[1] else np.zeros((len(prompt) + len(one.token_ids) - 1, 0, 0), np.uint8),
         weight_version=np.full(len(one.token_ids), one.weight_version, np.int32),
     )

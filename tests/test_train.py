@@ -78,6 +78,21 @@ def test_a_run_records_every_step_and_ends_with_scores(finished):
     assert episode["messages"][-1]["role"] == "assistant"
 
 
+def test_a_run_replays_selections_and_measures_a_domain_that_it_does_not_train(finished, tmp_path):
+    every = short().domains
+    domains = {"reasoning": every["reasoning"], "agent": replace(every["agent"], prompts=0)}
+    start = str(finished.checkpoints.all()[-1])
+    config = replace(short(), model=start, domains=domains, keep_selection=True, steps=1)
+    assert prepare(config, tmp_path / "run", resume=False).train() == 0
+    run = RunFolder(tmp_path / "run")
+    (row,) = run.metrics()
+    assert row["mismatch_kl"] < 1e-8 and row["lost/reasoning"] == 0 and row["indexer_grad_norm"] > 0
+    assert {"selection/ids", "selection/fp8_ids", "selection/fp8_mass"} <= row.keys()
+    assert [key for key in row if key.endswith("/agent")] == []
+    after = run.held_out()["after"]
+    assert after["score"].keys() == after["tokens"].keys() == domains.keys() and min(after["tokens"].values()) > 1
+
+
 def test_a_killed_and_resumed_run_repeats_its_later_steps(finished, tmp_path, monkeypatch):
     monkeypatch.chdir(finished.path.parent.parent)
     copy = RunFolder(tmp_path / "killed")

@@ -29,7 +29,8 @@ class LostGroups:
 
     def __init__(self, config: Config):
         self._most = {name: domain.max_lost for name, domain in config.domains.items()}
-        self._steps: dict[str, deque[tuple[int, int]]] = {name: deque() for name in config.domains}
+        trained = [name for name, domain in config.domains.items() if domain.prompts]
+        self._steps: dict[str, deque[tuple[int, int]]] = {name: deque() for name in trained}
 
     def add(self, draws: Sequence[Draw], played: PlayedBatch) -> dict[str, float]:
         """Count a step. Returns the share of each domain's groups that it lost, as lost/DOMAIN.
