@@ -1,7 +1,7 @@
 """From a dense model to a mixed one over six small domains, and what else the same tokens could have done.
 
-    python benchmarks/specialists.py run --seed 0      everything of one seed, on a GPU
-    python benchmarks/specialists.py tables            of all seeds that are there
+    python benchmarks/specialists.py run        three seeds, on a GPU; the same command goes on
+    python benchmarks/specialists.py tables     of the seeds that are whole
 
 A seed is a pipeline for the beginning, and tracks behind it, which run side by side: a specialist for each domain; the
 domains mixed, straight from the beginning; one after another; mixed with a frozen indexer; mixed on the dense model.
@@ -11,10 +11,11 @@ distillation. Straight and sequence play as many episodes as specialists, distil
 
 import argparse
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -50,7 +51,7 @@ class Size:
     """Batches of 8 prompts a domain: specialists 12, distillation 6, mixed 12."""
     distilled: int = 96
     sft: int = 60
-    held_out: int = 48
+    held_out: int = 32
     group: int = 8
     prompts: int = 8
 
@@ -173,29 +174,64 @@ def newest(stage: Path) -> str:
     return str(max((stage / "checkpoints").glob("step-*[0-9]")).resolve())
 
 
-def run(size: Size, seed: int, home: Path) -> None:
-    """All of one seed."""
-    folder, console = home / f"seed{seed}", Console()
-    if code := pipeline.run(beginning(size, seed), folder / "base", console):
-        raise SystemExit(code)
-    for names in (first_tracks(size, seed, folder / "base"), ("distilled", "on_policy")):
-        command = [sys.executable, __file__, "track", "--seed", str(seed), "--out", str(home)]
-        command += ["--tiny"] if size == TINY else []
+class Tracks:
+    """Tracks of several seeds side by side, each in a process of its own; what is there already is not made again."""
 
-        def play(name: str, command: Sequence[str] = tuple(command)) -> int:
-            with (folder / f"{name}.log").open("a") as log:
-                return subprocess.run([*command, "--track", name], stdout=log, stderr=subprocess.STDOUT).returncode
+    def __init__(self, home: Path, at_once: int, tiny: bool):
+        self._home, self._tiny = home, tiny
+        self._pool, self._jobs = ThreadPoolExecutor(at_once), list[subprocess.Popen[bytes]]()
 
-        with ThreadPoolExecutor(len(names) if card().gib > 16 else 1) as side_by_side:
-            failed = [name for name, code in zip(names, side_by_side.map(play, names), strict=True) if code]
-        if failed:
-            raise SystemExit(f"failed: {', '.join(failed)}; see {folder}/TRACK.log, and the same command goes on")
+    def seed(self, seed: int) -> bool:
+        """Everything of one seed, in the order in which it can be made. Whether all ended well."""
+
+        def start(*names: str) -> dict[str, Future[bool]]:
+            return {name: self._pool.submit(self._track, seed, name) for name in names}
+
+        def well(tracks: Mapping[str, Future[bool]], *names: str) -> bool:
+            return all(tracks[name].result() for name in names or tracks)
+
+        if not well(start("base")):
+            return False
+        first = start("sequence", *SIX, "straight", "dense", "frozen")
+        last = start("distilled", "on_policy") if well(first, *SIX) else {}
+        return well(first) and bool(last) and well(last)
+
+    def _track(self, seed: int, name: str) -> bool:
+        folder = self._home / f"seed{seed}"
+        folder.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, __file__, "track", "--seeds", str(seed), "--out", str(self._home), "--track", name]
+        with (folder / f"{name}.log").open("a") as log:
+            job = subprocess.Popen(
+                [*command, *(["--tiny"] if self._tiny else [])], stdout=log, stderr=subprocess.STDOUT
+            )
+            self._jobs.append(job)
+            well = job.wait() == 0
+        print(f"seed {seed}, {name}: {'done' if well else f'failed, see {folder / name}.log'}", flush=True)
+        return well
+
+    def stop(self, *_: Any) -> None:
+        """Each saves what it has; the same command goes on."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        for job in self._jobs:
+            if job.poll() is None:
+                job.terminate()
+
+
+def run(home: Path, seeds: Sequence[int], *, tiny: bool) -> None:
+    """All of all seeds."""
+    tracks = Tracks(home, 12 if card().gib > 16 else 1, tiny)
+    signal.signal(signal.SIGTERM, tracks.stop)
+    with ThreadPoolExecutor(len(seeds)) as side_by_side:
+        if not all(side_by_side.map(tracks.seed, seeds)):
+            raise SystemExit("not everything is there; the same command goes on")
 
 
 def track(size: Size, seed: int, home: Path, name: str) -> int:
     folder = home / f"seed{seed}"
-    base = folder / "base"
+    if name == "base":
+        return pipeline.run(beginning(size, seed), folder / name, Console(width=120))
     last = name in ("distilled", "on_policy")
+    base = folder / "base"
     tracks = last_tracks(size, seed, base, folder) if last else first_tracks(size, seed, base)
     return pipeline.run(tracks[name], folder / name, Console(width=120))
 
@@ -327,7 +363,7 @@ LABELS = {"dense": "dense", "straight": "sparse", "frozen": "sparse, frozen inde
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("run", "track", "tables"))
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=Path("runs/specialists"))
     parser.add_argument("--track")
     parser.add_argument("--tiny", action="store_true")
@@ -335,9 +371,9 @@ def main() -> None:
     size = TINY if options.tiny else Size()
     match options.what:
         case "run":
-            run(size, options.seed, options.out)
+            run(options.out, options.seeds, tiny=options.tiny)
         case "track":
-            raise SystemExit(track(size, options.seed, options.out, options.track))
+            raise SystemExit(track(size, options.seeds[0], options.out, options.track))
         case "tables":
             tables(options.out)
 

@@ -1,6 +1,7 @@
 """FLOPs by hand, and against those that torch counts."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import tiny
@@ -70,6 +71,17 @@ def test_sparse_attention_grows_with_its_keys_and_the_indexer_with_all():
     per_token = 2 * sum(layer.active + layer.indexer_weights for layer in shape.layers)
     longer, shorter = (forward(shape, Work(lengths=[length], sampled=0)) for length in (101, 100))
     assert longer - shorter == per_token + 3 * (2 * 16 * 160 + 2 * 101 * 64)
+
+
+def test_an_indexer_that_learns_alone_costs_a_forward_pass_without_a_head_and_its_own_way_back():
+    """Two more passes through its weights; of each pair that attention sees its score three times, and q times k."""
+    shape = deepseek_shape()
+    dense = replace(shape, layers=tuple(replace(layer, topk=None) for layer in shape.layers))
+    own = sum(4 * layer.indexer_weights * 100 for layer in shape.layers)
+    for one, seen in ((shape, pairs([100], 16)), (dense, 5050)):
+        before = forward(one, Work(lengths=[100], sampled=0))
+        learnt = training(one, Work(lengths=[100], sampled=50), learns="indexer")
+        assert learnt - before == own + 3 * 2 * (3 * 64 + 4 * 24) * seen
 
 
 def test_the_selection_has_no_backward_pass():

@@ -148,6 +148,23 @@ def test_offload_takes_away_what_a_moment_does_not_need():
     assert none.at("sampling", sleep=True) - everything.at("sampling", sleep=True) == 14 * P
 
 
+def test_heads_of_references_that_rest_stay_for_the_full_kl():
+    """151,936 rows of 1024 values of 2 bytes, of two references."""
+    domains = {name: replace(settings().domains["any"], teacher=name) for name in ("", "t")}
+    for kl, offload, heads in (("full", "reference", 2), ("full", "none", 0), ("unbiased", "all", 0)):
+        size = sizes(replace(settings(kl=kl, offload=offload), domains=domains), QWEN["0.6B"])
+        assert size.get("trainer heads of resting references", 0) == heads * 151_936 * 1024 * 2
+
+
+def test_replayed_selections_by_hand():
+    """Three layers of 8 keys: 2 bytes each of 8192 tokens in the trainer, 4 of 4096 in each of two engines."""
+    config = MODELS["deepseek-v3.2"][1].to_dict() | {"architectures": ["DeepseekV32ForCausalLM"]}
+    shape, keys = shape_of(json.loads(json.dumps(config))), 3 * 8
+    size = sizes(settings(keep_selection=True, rollout=Rollout(max_len=4096, graphs=True, actors=2)), shape)
+    assert size["trainer replayed selections"] == 8192 * 2 * keys
+    assert size["engine selections of a step"] == 2 * 4096 * 4 * keys
+
+
 def test_asleep_an_engine_has_neither_weights_nor_cache():
     ledger = count(settings(), QWEN["0.6B"], 5 * GIB)
     for moment in BUSY:

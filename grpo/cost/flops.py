@@ -92,7 +92,8 @@ def training(shape: Shape, work: Work, *, learns: Learns = "all", learn_indexer:
         learn_indexer: the indexer learns from its KL.
     """
     layers = shape.layers
-    products = sum(layer.active for layer in layers) * 2 * work.tokens + _head(shape, work)
+    products = sum(layer.active for layer in layers) * 2 * work.tokens
+    products += 0 if learns == "indexer" else _head(shape, work)
     attended = sum(_attention(layer, work.lengths) for layer in layers)
     indexers = sum(2 * layer.indexer_weights * work.tokens + _scores(layer, work.lengths) for layer in layers)
     if learn_indexer:

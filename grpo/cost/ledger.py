@@ -266,6 +266,9 @@ def _trainer(config: Config, shape: Shape, teachers: tuple[Shape, ...]) -> Itera
     frozen += [whole] if "" in config.references and not rank else []
     if offload in ("reference", "all"):  # one at a time
         yield Item("trainer", "reference", max(frozen, default=0), ("reference",))
+        if config.kl == "full":
+            heads = len(config.references) * shape.head * _bytes(config)
+            yield Item("trainer", "heads of resting references", heads, ("reference", "backward", "step"))
     else:
         yield Item("trainer", "reference" if len(frozen) < 2 else f"{len(frozen)} references", sum(frozen))
     if config.needs_reference:
@@ -273,6 +276,8 @@ def _trainer(config: Config, shape: Shape, teachers: tuple[Shape, ...]) -> Itera
     yield Item("trainer", "layers gathered to compute", gathered(config, shape), ("backward", "weights"))
     yield Item("trainer", "activations", activations(config, shape), ("backward",))
     yield Item("trainer", "head", head(config, shape), ("backward",))
+    if config.keep_selection:
+        yield Item("trainer", "replayed selections", budget(config) * 2 * selected(shape), ("backward",))
 
 
 def _engine(config: Config, shape: Shape, cache: int) -> Iterator[Item]:
@@ -281,6 +286,8 @@ def _engine(config: Config, shape: Shape, cache: int) -> Iterator[Item]:
     yield Item("engine", "CUDA context", CONTEXT * engines)
     yield Item("engine", "CUDA graphs", GRAPHS * engines if config.rollout.graphs is not False else 0)
     yield Item("engine", "workspace", workspace(config, shape) * engines)
+    if config.keep_selection:
+        yield Item("engine", "selections of a step", BATCHED_TOKENS * 4 * selected(shape) * engines)
     yield Item("engine", "weights", shape.parameters * _bytes(config) * engines, awake)
     yield Item("engine", "key-value cache", cache * engines, ("sampling",))
     largest = max(shape.head, *(_largest(layer) for layer in shape.layers)) * _bytes(config)
@@ -371,6 +378,11 @@ def workspace(config: Config, shape: Shape) -> int:
     copy and ids (int64), probabilities and mask: 24 bytes an id."""
     layer = max(saved(config, layer) for layer in shape.layers)
     return BATCHED_TOKENS * layer + config.rollout.max_num_seqs * shape.vocabulary * 24
+
+
+def selected(shape: Shape) -> int:
+    """Keys that the indexers of all layers select for a token."""
+    return sum(layer.topk or 0 for layer in shape.layers)
 
 
 def _largest(layer: Layer) -> int:
