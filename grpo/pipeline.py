@@ -16,8 +16,10 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -197,11 +199,11 @@ def run(pipeline: Pipeline, folder: Path, console: Console) -> int:
                     row |= {"output": str(output_of(settings, folder / name)), **found}
                 state.save(name, row)
                 if code:
-                    console.print(table(pipeline, state))
+                    show(pipeline, state, console)
                     console.print(f"stage {name} ended with code {code}; the same command goes on from there")
                     return code
             outputs[name] = Path(row["output"])
-    console.print(table(pipeline, state))
+    show(pipeline, state, console)
     return 0
 
 
@@ -315,32 +317,31 @@ def figures_of(settings: Settings, folder: Path) -> dict[str, Any]:
     return {}
 
 
+def show(pipeline: Pipeline, state: State, console: Console) -> None:
+    """All stages as a person reads them, in 80 columns; pipeline.json has the same."""
+    console.print(table(pipeline, state))
+    for name, row in state.stages.items():
+        if name in pipeline.stages and "output" in row:
+            console.print(f"{name}: {row['output']}", soft_wrap=True, highlight=False)
+
+
 def table(pipeline: Pipeline, state: State) -> Table:
-    """All stages as a person reads them; pipeline.json has the same."""
-    shown = Table(title="stages", title_justify="left")
-    for header in ("stage", "kind", "from", "tokens", "seconds", "before -> after"):
-        shown.add_column(header, justify="right" if header in ("tokens", "seconds") else "left")
+    """A line for each figure of each stage."""
+    shown = Table(title="stages", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for header in ("stage", "from", "tokens", "seconds", "figure", "before", "after"):
+        shown.add_column(header, justify="left" if header in ("stage", "from", "figure") else "right")
     for name, settings in pipeline.stages.items():
         row = state.stages.get(name, {})
         sources = ", ".join(dict.fromkeys(source for _, source in references(settings)))
         tokens, seconds = row.get("tokens"), row.get("seconds")
-        shown.add_row(
-            name,
-            type(settings).__name__,
-            sources or "-",
-            f"{tokens:,}" if tokens else "-",
-            f"{seconds:.0f}" if seconds else "-",
-            "\n".join(f"{key} {_arrow(value)}" for key, value in row.get("figures", {}).items()) or "-",
-        )
+        first = (name, sources, f"{tokens:,}" if tokens else "-", f"{seconds:.0f}" if seconds else "-")
+        figures = [(key, *map(_number, pair)) for key, pair in row.get("figures", {}).items()]
+        for line in [first + (figures.pop(0) if figures else ("-", "", "")), *(("",) * 4 + one for one in figures)]:
+            shown.add_row(*line)
     return shown
 
 
-def _arrow(pair: Any) -> str:
-    before, after = (_number(value) for value in pair)
-    return f"{before} -> {after}"
-
-
 def _number(value: Any) -> str:
-    if isinstance(value, list):
-        return "/".join(f"{one:.2f}" for one in value)
+    """Of a list, a layer each, the mean."""
+    value = fmean(value) if isinstance(value, list) else value
     return str(value) if isinstance(value, int) else f"{value:.3f}"
