@@ -54,9 +54,11 @@ class Size:
     held_out: int = 32
     group: int = 8
     prompts: int = 8
+    at_least: float = 1.0
+    """What an answer has earned that is distilled."""
 
 
-TINY = Size(120, 1024, (4, 2, 2), 1, 1, 1, 4, 2, 2, 2, 2)
+TINY = Size(120, 1024, (4, 2, 2), 1, 1, 1, 4, 2, 2, 2, 2, 0.0)
 """That it runs."""
 
 
@@ -157,6 +159,7 @@ def last_tracks(size: Size, seed: int, base: Path, specialists: Path) -> dict[st
                     rollout=start.rollout,
                     sampling=start.sampling,
                     sandbox=start.sandbox,
+                    at_least=size.at_least,
                     max_tokens=192,
                     seed=seed,
                 ),
