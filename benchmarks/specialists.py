@@ -3,10 +3,10 @@
     python benchmarks/specialists.py run        three seeds, on a GPU; the same command goes on
     python benchmarks/specialists.py tables     of the seeds that are whole
 
-A seed is a pipeline for the beginning, and tracks behind it, which run side by side: a specialist for each domain; the
-domains mixed, straight from the beginning; one after another; mixed with a frozen indexer; mixed on the dense model.
-Then, from the specialists: their answers, one model, mixed RL, a long-reasoning variant beside it; and on-policy
-distillation. Straight and sequence play as many episodes as specialists, distillation and mixed RL together.
+A seed is a pipeline for the beginning, and tracks behind it, some of them side by side: a specialist for each domain;
+the domains mixed, straight from the beginning; one after another. Then, from the specialists: their answers, one
+model, mixed RL, and a long-reasoning variant beside it; and on-policy distillation. Straight and sequence play as many
+episodes as specialists, distillation and mixed RL together.
 """
 
 import argparse
@@ -35,6 +35,9 @@ from trimtab.rollout.types import Sampling
 
 SIX = ("mathematics", "logic", "programming", "agent", "mending", "searching")
 WINDOW = 1024
+AT_ONCE = 4
+"""Tracks side by side on a GPU: each has a trainer, an engine and a Ray of its own, and twelve stood in each other's
+way on 16 cores."""
 
 
 @dataclass(frozen=True)
@@ -120,13 +123,9 @@ def rl(size: Size, seed: int, model: str, trained: Sequence[str] = SIX, *, steps
 
 def first_tracks(size: Size, seed: int, base: Path) -> dict[str, Pipeline]:
     """What needs the beginning alone."""
-    dense, sparse = (newest(base / name) for name in ("dense", "sparse"))
+    sparse = newest(base / "sparse")
     straight = rl(size, seed, sparse, steps=size.straight)
-    tracks = {
-        "straight": Pipeline(stages={"straight": straight}),
-        "frozen": Pipeline(stages={"frozen": replace(straight, indexer_kl=0.0)}),
-        "dense": Pipeline(stages={"dense": replace(straight, model=dense)}),
-    }
+    tracks = {"straight": Pipeline(stages={"straight": straight})}
     before = sparse
     chain = {}
     for name in SIX:
@@ -195,7 +194,7 @@ class Tracks:
 
         if not well(start("base")):
             return False
-        first = start("sequence", *SIX, "straight", "dense", "frozen")
+        first = start("sequence", *SIX, "straight")
         last = start("distilled", "on_policy") if well(first, *SIX) else {}
         return well(first) and bool(last) and well(last)
 
@@ -222,7 +221,7 @@ class Tracks:
 
 def run(home: Path, seeds: Sequence[int], *, tiny: bool) -> None:
     """All of all seeds."""
-    tracks = Tracks(home, 12 if card().gib > 16 else 1, tiny)
+    tracks = Tracks(home, AT_ONCE if card().gib > 16 else 1, tiny)
     signal.signal(signal.SIGTERM, tracks.stop)
     with ThreadPoolExecutor(len(seeds)) as side_by_side:
         if not all(side_by_side.map(tracks.seed, seeds)):
@@ -280,26 +279,6 @@ def tables(home: Path) -> None:
         },
     )
     show("One after another: what is forgotten", {f"then {n}": ("sequence", f"then_{n}", "after") for n in SIX})
-    show(
-        "The same RL on the dense model, and with a frozen indexer",
-        {
-            "dense, before": ("dense", "dense", "before"),
-            "dense, after": ("dense", "dense", "after"),
-            "sparse, before": ("straight", "straight", "before"),
-            "sparse, after": ("straight", "straight", "after"),
-            "sparse, frozen indexer, after": ("frozen", "frozen", "after"),
-        },
-    )
-    print("\n| indexer in RL | mismatch KL | indexer KL, first | last | selected alike, ids | attention mass |")
-    print("| --- | --- | --- | --- | --- | --- |")
-    for name in ("dense", "straight", "frozen"):
-        rows = [metrics(seed / name / name) for seed in seeds]
-        mismatch = fmean(row["mismatch_kl"] for run in rows for row in run if "mismatch_kl" in row)
-        cells = [f"{mismatch:.1e}"]
-        for key, take in (("indexer_kl", 0), ("indexer_kl", -1), ("selection/ids", -1), ("selection/mass", -1)):
-            values = [[row[key] for row in run if row.get(key)] for run in rows]
-            cells.append(f"{fmean(one[take] for one in values):.4f}" if all(values) else "-")
-        print(f"| {name} | {' | '.join(cells)} |")
     print("\n| after the distilled model | score | tokens | score | tokens |\n| --- | --- | --- | --- | --- |")
     for label, stage, when in (
         ("distilled", "mixed", "before"),
@@ -317,50 +296,17 @@ def tables(home: Path) -> None:
         ]
         print(f"| {label} | {' | '.join(cells)} |")
     print("\n| track | tokens sampled, thousands | seconds |\n| --- | --- | --- |")
-    for name in (*SIX, "distilled", "straight", "sequence", "on_policy", "dense", "frozen"):
+    for name in (*SIX, "distilled", "straight", "sequence", "on_policy"):
         stages = [state(seed / name).values() for seed in seeds]
         sampled = [sum(row["tokens"] or 0 for row in rows if row["kind"] != "Supervised") for rows in stages]
         seconds = fmean(sum(row["seconds"] for row in rows) for rows in stages)
         print(f"| {name} | {fmean(sampled) / 1000:.0f} | {seconds:.0f} |")
-    plot(seeds, home / "rl.png")
-
-
-def metrics(stage: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (stage / "metrics.jsonl").read_text().splitlines()]
 
 
 def spread(values: Sequence[float]) -> str:
     middle = fmean(values)
     deviation = (sum((value - middle) ** 2 for value in values) / max(len(values) - 1, 1)) ** 0.5
     return f"{middle:.2f}" + (f" ({deviation:.2f})" if deviation > 0.02 else "")
-
-
-def plot(seeds: Sequence[Path], file: Path) -> None:
-    """Rewards of the dense and the sparse policy by rollout batch: means over seeds, with their range."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(2, 3, figsize=(9, 5), sharex=True, layout="constrained")
-    for name, axis in zip(SIX, axes.flat, strict=True):
-        for run_name, colour in (("dense", "#888888"), ("straight", "#1f6fb4"), ("frozen", "#d98032")):
-            curves = [[row.get(f"reward/{name}") for row in metrics(seed / run_name / run_name)] for seed in seeds]
-            steps = [column for column in zip(*curves, strict=False) if None not in column]
-            middle = [fmean(column) for column in steps]
-            axis.plot(range(1, len(middle) + 1), middle, color=colour, label=LABELS[run_name])
-            axis.fill_between(
-                range(1, len(middle) + 1), [*map(min, steps)], [*map(max, steps)], color=colour, alpha=0.15, lw=0
-            )
-        axis.set_title(name, fontsize=10)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0, 0].legend(frameon=False, fontsize=8)
-    figure.supxlabel("rollout batch")
-    figure.supylabel("reward")
-    figure.savefig(file, dpi=120)
-
-
-LABELS = {"dense": "dense", "straight": "sparse", "frozen": "sparse, frozen indexer"}
 
 
 def main() -> None:
