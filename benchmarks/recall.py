@@ -76,7 +76,7 @@ LARGE = Size(
     shape=f"{Path(__file__)}:large_dense",
     indexer=Indexer(index_topk=32, index_n_heads=8, index_head_dim=64),
     settings={"tokens_per_step": 16384, "tokens_per_microbatch": 16384, "max_len": 1536},
-    steps=(800, 800, 150, 200),
+    steps=(600, 600, 100, 150),
     rates=(2e-3, 2e-3, 2e-3, 5e-4),
 )
 

@@ -275,6 +275,7 @@ def rollout_metrics(played: PlayedBatch, config: Config) -> dict[str, Any]:
     metrics |= {
         "route_coverage": len(episodes) / (len(episodes) + without_routes),
         "routes/bytes": sum(segment.routes.nbytes for segment in segments),
+        "selections/bytes": sum(segment.selected.nbytes for segment in segments),
         "masks/bytes": sum(segment.kept_ids.nbytes + segment.kept_offsets.nbytes for segment in segments),
         "kept_mean": float(kept.mean()),
         "kept_p99": float(np.quantile(kept, 0.99)),

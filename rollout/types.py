@@ -122,7 +122,7 @@ class Segment:
         self._check(len(self.weight_version) == S, f"{len(self.weight_version)} versions for {S} sampled tokens")
         self._check_kept(S)
         self._check_routes(N)
-        if self.selected.size:
+        if self.selected.shape[1]:
             self._check_selected(N)
 
     def _check_kept(self, S: int) -> None:

@@ -59,9 +59,9 @@ def test_selections_lie_behind_the_experts():
     """Three layers, of which one has two experts a token, and selections of four keys."""
     rows = np.arange(54, dtype=np.uint16).reshape(3, 3, 6)
     one = record(step(7, -0.5, [7], rows[:2]), step(4, -0.25, [4], rows[2:], "stop"))
-    done = one.completion(layers=[1], experts_per_token=2, keys=4, version=3)
+    done = one.completion(layers=[1], experts_per_token=2, selects=(3, 4), version=3)
     assert done.routes.tolist() == rows[:, 1:2, :2].tolist() and done.selected.tolist() == rows[:, :, 2:].tolist()
-    alone = one.completion(layers=[], experts_per_token=0, keys=6, version=3)
+    alone = one.completion(layers=[], experts_per_token=0, selects=(3, 6), version=3)
     assert alone.routes.shape == (0, 0, 0) and alone.selected.tolist() == rows.tolist()
 
 
@@ -71,6 +71,8 @@ def test_what_the_engine_did_not_say_is_missing_and_not_made_up():
     )
     assert len(done.logp) == len(done.kept_ids) == 0 and done.kept_offsets.tolist() == [0]
     assert done.routes.shape == (0, 1, 2) and done.finish == "length"
+    silent = record(step(1, 0.0, [1])).completion(layers=[], experts_per_token=0, selects=(3, 4), version=0)
+    assert silent.selected.shape == (0, 3, 4)
     assert record(step(1, 0.0, [1])).completion(layers=[], experts_per_token=0, version=0).routes.shape == (0, 0, 0)
 
 

@@ -80,6 +80,7 @@ def test_a_model_without_experts_has_no_routes_to_miss():
         ({"routes": with_row([[0, 0], [0, 0]])}, "repeats an expert"),
         ({"routes": with_row([[1, 0], [0, 0]])}, "repeats an expert"),
         ({"selected": selections()[:3]}, "selections of 3 tokens for 5"),
+        ({"selected": selections()[:0]}, "selections of 0 tokens for 5"),
         ({"selected": selections().astype(np.int32)}, "selections must be uint16"),
         ({"selected": selections([1, 1])}, "not of earlier tokens, each once"),
         ({"selected": selections([2, 1])}, "not of earlier tokens, each once"),

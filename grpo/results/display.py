@@ -98,7 +98,7 @@ def memory(metrics: Mapping[str, Any]) -> str:
 
 def recorded(metrics: Mapping[str, Any]) -> str:
     """What routes and masks came to, and what handling them took."""
-    names = [name for name in ("routes", "masks") if metrics.get(f"{name}/bytes")]
+    names = [name for name in ("routes", "selections", "masks") if metrics.get(f"{name}/bytes")]
     parts = (f"{name} {metrics[f'{name}/bytes'] / 2**20:.1f} MiB" + _took(metrics, name) for name in names)
     return ", ".join(parts)
 

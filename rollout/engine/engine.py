@@ -120,7 +120,8 @@ class Engine:
         self._running: dict[str, tuple[Running, SequenceRecord]] = {}
         self._count = self._looks = 0
         self._topk = policy.get("index_topk")
-        self._keys = int(policy["index_topk"]) if config.keep_selection else 0
+        keys = int(policy["index_topk"]) if config.keep_selection else 0
+        self._selects = (policy["num_hidden_layers"], keys) if keys else (0, 0)
         self._llm = LLM(
             model=config.model,
             skip_tokenizer_init=True,
@@ -134,8 +135,8 @@ class Engine:
             enable_chunked_prefill=True,
             generation_config="vllm",
             logprobs_mode="processed_logprobs",
-            enable_return_routed_experts=bool(self._moe_layers or self._keys),
-            additional_config={recording.KEYS: self._keys},
+            enable_return_routed_experts=bool(self._moe_layers or keys),
+            additional_config={recording.KEYS: keys},
             weight_transfer_config={"backend": receive.BACKEND},
             **options(policy["architectures"][0]),
             **_graph_options(config),
@@ -224,7 +225,10 @@ class Engine:
 
     def _completion(self, record: SequenceRecord) -> Completion:
         return record.completion(
-            layers=self._moe_layers, experts_per_token=self._experts_per_token, keys=self._keys, version=self.version
+            layers=self._moe_layers,
+            experts_per_token=self._experts_per_token,
+            selects=self._selects,
+            version=self.version,
         )
 
     def load_weights(self, weights: Mapping[str, Any] | Iterable[Named], version: int) -> None:

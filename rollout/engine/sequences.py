@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from trimtab.rollout.types import UNSELECTED, Completion
+from trimtab.rollout.types import Completion
 
 
 @dataclass(slots=True)
@@ -35,20 +35,24 @@ class SequenceRecord:
         if output.finish_reason is not None:
             self.finish = str(output.finish_reason)
 
-    def completion(self, *, layers: Sequence[int], experts_per_token: int, version: int, keys: int = 0) -> Completion:
+    def completion(
+        self, *, layers: Sequence[int], experts_per_token: int, version: int, selects: tuple[int, int] = (0, 0)
+    ) -> Completion:
         """The sequence as arrays.
 
         Args:
             layers: those with experts, whose routes are kept: the engine gives a row of every layer.
-            keys: selected keys of a row, which lie behind the experts.
+            selects: all layers, and the selected keys of a row, which lie behind its experts; none are recorded by
+                default.
         """
-        routes, selected = np.zeros((0, len(layers), experts_per_token if layers else 0), np.uint8), UNSELECTED
+        routes = np.zeros((0, len(layers), experts_per_token if layers else 0), np.uint8)
+        selected = np.zeros((0, *selects), np.uint16)
         if self.routes:
             rows = np.concatenate(self.routes)
-            experts = rows.shape[-1] - keys
+            experts = rows.shape[-1] - selects[1]
             if layers:
                 routes = rows[:, layers, :experts]
-            if keys:
+            if selects[1]:
                 selected = np.ascontiguousarray(rows[..., experts:])
         offsets = np.zeros(len(self.kept) + 1, np.int64)
         np.cumsum([len(ids) for ids in self.kept], out=offsets[1:])
