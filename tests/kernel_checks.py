@@ -30,6 +30,20 @@ def relative_error(result: Tensor, expected: Tensor) -> float:
 
 
 @contextmanager
+def waits_are_errors() -> Iterator[None]:
+    """Inside, the host fails where it would wait for the GPU; that it does is shown first."""
+    value = torch.ones(1, device="cuda")
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with pytest.raises(RuntimeError, match="synchroniz"):
+            value.item()
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@contextmanager
 def poisoned() -> Iterator[None]:
     """Memory that torch hands out uninitialised holds NaN, or the largest integer, inside."""
     before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from kernel_checks import needs_gpu
+from kernel_checks import needs_gpu, waits_are_errors
 from test_lora import DENSE
 from test_trainer import BATCH, CONFIG, weights
 from tiny import tiny_model
@@ -65,12 +65,10 @@ def test_the_host_does_not_wait_within_a_pack(name, batch):
     trainer.train_on(batch, 0)  # compiles the kernels, fills the caches of pinned memory
     (packed, *_) = trainer._packs(batch)
     ref_logp_S = trainer._references([[packed]])[0][0]
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        trainer._backward(packed.to(trainer.device), ref_logp_S, len(batch), 1000, Record())
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    record = Record()
+    with waits_are_errors():
+        log_ratio_S = trainer._backward(packed.to(trainer.device), ref_logp_S, len(batch), 1000, record)
+    assert len(log_ratio_S) == len(packed.token_S) and log_ratio_S.isfinite().all() and len(record.losses) == 1
     trainer.optimizers[0].zero_grad()
 
 
