@@ -61,7 +61,20 @@ class Size:
     """What an answer has earned that is distilled."""
 
 
-TINY = Size(120, 1024, (4, 2, 2), 1, 1, 1, 4, 2, 2, 2, 2, 0.0)
+TINY = Size(
+    conversations=1000,
+    tokens_per_step=1024,
+    steps=(150, 4, 20),
+    specialist=1,
+    mixed=1,
+    straight=1,
+    distilled=8,
+    sft=2,
+    held_out=2,
+    group=2,
+    prompts=2,
+    at_least=0.0,
+)
 """That it runs."""
 
 

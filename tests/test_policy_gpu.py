@@ -61,7 +61,7 @@ def test_forward_and_backward_never_wait_for_the_gpu(name, checkpointing):
             loss = loss + (0.0 if out.indexer_kl_N is None else out.indexer_kl_N.mean())
             loss.backward()
             losses.append(loss.detach())
-    assert torch.equal(*losses)
+    torch.testing.assert_close(*losses, rtol=1e-3, atol=0.0)
     gradients = [p.grad for p in policy.parameters() if p.grad is not None]
     assert gradients and all(bool(gradient.isfinite().all()) for gradient in gradients)
 
