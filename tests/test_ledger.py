@@ -19,6 +19,7 @@ from trimtab.grpo.cost.ledger import (
     Beside,
     activations,
     adapter_parameters,
+    check_table,
     choose,
     count,
     saved,
@@ -163,6 +164,19 @@ def test_replayed_selections_by_hand():
     size = sizes(settings(keep_selection=True, rollout=Rollout(max_len=4096, graphs=True, actors=2)), shape)
     assert size["trainer replayed selections"] == 8192 * 2 * keys
     assert size["engine selections of a step"] == 2 * 4096 * 4 * keys
+
+
+def test_tables_of_selections_that_do_not_fit_the_host_are_refused_with_the_cache_that_would():
+    """A token's row has 2 bytes for each of 3 * 8 keys and 3 * 2 experts."""
+    config = MODELS["deepseek-v3.2"][1].to_dict() | {"architectures": ["DeepseekV32ForCausalLM"]}
+    shape = shape_of(json.loads(json.dumps(config)))
+    run = settings(keep_selection=True, rollout=Rollout(max_len=4096, actors=2, kv_cache_mib=100))
+    tables = 2 * (100 * MIB // (shape.cached * 2)) * 60
+    check_table(run, shape, tables)
+    with pytest.raises(ValueError, match=r"60 bytes for each token .* --rollout.kv-cache-mib (\d+) ") as refusal:
+        check_table(run, shape, tables // 2)
+    less = int(re.search(r"mib (\d+)", str(refusal.value))[1])
+    check_table(replace(run, rollout=replace(run.rollout, kv_cache_mib=less)), shape, tables // 2)
 
 
 def test_asleep_an_engine_has_neither_weights_nor_cache():

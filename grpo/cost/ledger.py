@@ -385,6 +385,34 @@ def selected(shape: Shape) -> int:
     return sum(layer.topk or 0 for layer in shape.layers)
 
 
+def table_row(shape: Shape) -> int:
+    """Bytes of host memory that an engine keeps for each token of its cache where selections are recorded: 16 bits for
+    every selected key, and in every layer for every chosen expert."""
+    experts = max((layer.experts.chosen for layer in shape.layers if layer.experts), default=0)
+    return 2 * (selected(shape) + len(shape.layers) * experts)
+
+
+def check_table(config: Config, shape: Shape, host_bytes: int) -> None:
+    """The tables of selections must fit the host.
+
+    Args:
+        config: with rollout.kv_cache_mib.
+
+    Raises:
+        ValueError: they do not; with the cache that would do.
+    """
+    cache, engines = resolved(config.rollout.kv_cache_mib), config.rollout.actors
+    a_token = shape.cached * _bytes(config)
+    tables = engines * (cache * MIB // a_token) * table_row(shape)
+    if tables > host_bytes:
+        fits = int(host_bytes / tables * cache / 2)
+        raise ValueError(
+            f"keep_selection takes {_gib(tables)} GiB of host memory, {table_row(shape)} bytes for each token of the "
+            f"engines' caches, and this host has {_gib(host_bytes)}; with --rollout.kv-cache-mib {fits} it takes half "
+            "of that, or leave it out"
+        )
+
+
 def _largest(layer: Layer) -> int:
     """The largest tensor of a layer as it travels: stacked experts, or a product's weight."""
     stacked = layer.experts.total * 2 * layer.hidden * layer.experts.width if layer.experts else 0

@@ -1,5 +1,6 @@
 """What can be known before the first minute is known here: nothing starts unless all of it holds."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 import torch
 
 from trimtab.grpo.config import Config, resolved
-from trimtab.grpo.cost.ledger import Beside, Plan, choose
+from trimtab.grpo.cost.ledger import Beside, Plan, check_table, choose
 from trimtab.grpo.cost.shape import shape_of
 from trimtab.grpo.policy.lora import check_targets
 from trimtab.grpo.policy.policy import check_checkpoint
@@ -55,7 +56,10 @@ def complete(config: Config, *, trains: bool = True) -> tuple[Config, Plan]:
     services.check(config)
     plan = plan_memory(config, trains=trains)
     rollout = replace(config.rollout, sleep=plan.sleep, kv_cache_mib=plan.kv_cache_mib)
-    return replace(config, rollout=rollout), plan
+    config = replace(config, rollout=rollout)
+    if config.keep_selection:
+        check_table(config, shape_of(_model(config)), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    return config, plan
 
 
 def plan_memory(config: Config, *, trains: bool = True) -> Plan:
