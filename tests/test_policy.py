@@ -10,7 +10,7 @@ from transformers import DeepseekV32ForCausalLM, PreTrainedModel
 from transformers.models.deepseek_v32 import modeling_deepseek_v32 as theirs
 
 from trimtab.grpo.policy import attention, parts
-from trimtab.grpo.policy.policy import Policy, load_policy
+from trimtab.grpo.policy.policy import Policy, load_policy, positions_of
 from trimtab.kernels import reference
 
 LENGTHS = (9, 40, 38, 16, 1, 60)
@@ -115,7 +115,7 @@ def test_packed_sequences_equal_separate_ones(form):
 def test_positions_restart_with_every_sequence():
     policy = _policy(tiny_deepseek())
     ids_N, cu_seqlens = _pack()
-    cos_NR, sin_NR = policy._rotary(policy.model.model.embed_tokens(ids_N), LENGTHS)
+    cos_NR, sin_NR = policy._rotary(policy.model.model.embed_tokens(ids_N), positions_of(LENGTHS, ids_N.device))
     assert (cos_NR[cu_seqlens[:-1]] == 1).all() and not sin_NR[cu_seqlens[:-1]].any()
     assert torch.equal(sin_NR[9:49], sin_NR[104:144])  # the sequences of 40 and of 60 tokens
 

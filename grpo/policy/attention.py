@@ -198,7 +198,7 @@ def latent_attention(
     with_indexer_kl: bool,
     index_rotate: Rotate,
     choose: Callable[[int, int], Attend] = choose_attend,
-    selected_NK: Tensor | None = None,
+    replay: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Multi-head latent attention over a pack, and where it has more than topk keys to choose from, DeepSeek Sparse
     Attention [DeepSeek-V2, section 2.1; DeepSeek-V3.2-Exp, eq. 1-4].
@@ -207,7 +207,8 @@ def latent_attention(
     has more than topk keys there is nothing to select.
 
     Args:
-        selected_NK: int32 positions in their sequence, padded with -1: what to attend to, whatever the indexer says.
+        replay: recorded selections [N, topk], which are attended to whatever the indexer says, and the position of each
+            token in its sequence [N].
 
     Returns:
         The output [N, D] and, if asked for, the indexer's KL of each query [N].
@@ -224,7 +225,7 @@ def latent_attention(
     if with_indexer_kl or any(topk < part.T for part in parts):
         with torch.set_grad_enabled(with_indexer_kl and torch.is_grad_enabled()):
             index = index_projections(m.indexer, x_ND.detach(), q_NC.detach(), cos_NR, sin_NR, index_rotate).tensors
-        index += () if selected_NK is None else (selected_NK,)
+        index += () if replay is None else (visible_or(*replay),)
     sizes = [part.tokens for part in parts]
     outs, kls = [], []
     for part, *tensors in zip(parts, *(x.split(sizes) for x in (*latents, *index)), strict=True):
@@ -235,6 +236,13 @@ def latent_attention(
         if kl is not None:
             kls.append(part.unpad(kl))
     return m.o_proj(torch.cat(outs)), torch.cat(kls) if kls else None
+
+
+def visible_or(selected_NK: Tensor, position_N: Tensor) -> Tensor:
+    """Recorded selections, and for tokens with no more than K keys all that they see, padded with -1: int32 [N, K]."""
+    key_K = torch.arange(selected_NK.shape[1], dtype=torch.int32, device=selected_NK.device)
+    visible_NK = torch.where(key_K <= position_N[:, None], key_K, -1)
+    return torch.where(position_N[:, None] < selected_NK.shape[1], visible_NK, selected_NK.int())
 
 
 def full_attention(attention: nn.Module, x_ND: Tensor, rotary: tuple[Tensor, Tensor], parts: Sequence[Part]) -> Tensor:

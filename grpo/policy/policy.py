@@ -80,7 +80,7 @@ class PolicyLayer(nn.Module):
         topk: int,
         with_indexer_kl: bool,
         choose: Callable[[int, int], Attend],
-        selected_NK: Tensor | None = None,
+        replay: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Returns the next x, the experts used [N, K] and the indexer's KL [N]; None where there is none."""
         normed_ND = rms_norm(self.input_layernorm, x_ND)
@@ -95,7 +95,7 @@ class PolicyLayer(nn.Module):
                 with_indexer_kl=with_indexer_kl,
                 index_rotate=self.index_rotate,
                 choose=choose,
-                selected_NK=selected_NK,
+                replay=replay,
             )
         else:
             attended_ND = full_attention(self.self_attn, normed_ND, rotary, parts)
@@ -177,16 +177,14 @@ class Policy(nn.Module):
         topk = len(ids_N) if dense_attention or not self.sparse else self.config.index_topk
         x_ND = self.model.model.embed_tokens(ids_N)
         parts, choose = self._plan(lengths, x_ND, topk)
-        rotary = self._rotary(x_ND, lengths)
+        position_N = positions_of(lengths, x_ND.device)
+        rotary = self._rotary(x_ND, position_N)
         routes = [] if routes_NLK is None else list(routes_NLK.long().unbind(1))
-        position_N = _positions(lengths, x_ND.device) if selected_NLK is not None else None
         used, kls = [], []
         for i, layer in enumerate(self.model.model.layers):
             route_NK = routes[self.moe_layers.index(i)] if routes and i in self.moe_layers else None
-            selected_NK = None
-            if selected_NLK is not None and position_N is not None:
-                selected_NK = visible_or(selected_NLK[:, i].int(), position_N)
-            arguments = (x_ND, rotary, parts, route_NK, topk, with_indexer_kl, choose, selected_NK)
+            replay = None if selected_NLK is None else (selected_NLK[:, i], position_N)
+            arguments = (x_ND, rotary, parts, route_NK, topk, with_indexer_kl, choose, replay)
             if self.checkpointing and torch.is_grad_enabled():
                 x_ND, used_NK, kl_N = checkpoint(layer, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
@@ -234,11 +232,10 @@ class Policy(nn.Module):
         if tuple(selected_NLK.shape) != expected:
             raise ValueError(f"selections have shape {tuple(selected_NLK.shape)}, this pack needs {expected}")
 
-    def _rotary(self, x_ND: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def _rotary(self, x_ND: Tensor, position_N: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin [N, R/2] of positions that restart with every sequence: in x's dtype, as vLLM has them, or in
         fp32 for latent attention, as our model in the engine has them.
         """
-        position_N = _positions(lengths, x_ND.device)
         like = x_ND.new_empty(0, dtype=torch.float32 if self.family.latent else x_ND.dtype)
         angle = self.model.model.rotary_emb(like, position_N[None])
         if isinstance(angle, Tensor):  # DeepSeek-V2's are complex
@@ -253,16 +250,9 @@ class Policy(nn.Module):
             self.model.save_pretrained(path, state_dict=weights)
 
 
-def _positions(lengths: Sequence[int], device: torch.device) -> Tensor:
+def positions_of(lengths: Sequence[int], device: torch.device) -> Tensor:
     """Of each token in its sequence, int64 [N]."""
     return to_device(torch.cat([torch.arange(length) for length in lengths]), device)
-
-
-def visible_or(selected_NK: Tensor, position_N: Tensor) -> Tensor:
-    """Selections, and for tokens with no more than K keys all that they see, padded with -1: int32 [N, K]."""
-    key_K = torch.arange(selected_NK.shape[1], dtype=torch.int32, device=selected_NK.device)
-    visible_NK = torch.where(key_K <= position_N[:, None], key_K, -1)
-    return torch.where(position_N[:, None] < selected_NK.shape[1], visible_NK, selected_NK)
 
 
 def load_policy(path: Path | str, *, dtype: torch.dtype = torch.float32, checkpointing: bool = False) -> Policy:
