@@ -4,7 +4,7 @@
     python benchmarks/indexer_in_rl.py --seeds 0
 
 From nothing to a dense policy on conversations of two of the quickstart's domains, its conversion, warm-up and sparse
-training; then four runs from there that differ in nothing else. A run's score is that of 64 held-out prompts a domain,
+training, and as many steps more of the dense one; then four runs that differ in nothing else. A run's score is that of 64 held-out prompts a domain,
 four answers each.
 """
 
@@ -26,7 +26,7 @@ from trimtab.grpo.stages.config import Demonstrations
 
 DOMAINS = ("reasoning", "agent")
 VARIANTS: dict[str, dict[str, Any]] = {
-    "dense": {"model": "stage:pretrain"},
+    "dense": {"model": "stage:dense_on"},
     "sparse, indexer learns": {"model": "stage:sparse"},
     "sparse, indexer frozen": {"model": "stage:sparse", "indexer_kl": 0.0},
     "sparse, selection replayed": {"model": "stage:sparse", "keep_selection": True},
@@ -42,6 +42,7 @@ def stages(steps: int, seed: int) -> Pipeline:
     first["demonstrations"] = Demonstrations(domains=domains, conversations=6000, seed=seed)
     for name in ("pretrain", "warm_up", "sparse"):
         first[name] = replace(first[name], seed=seed)
+    first["dense_on"] = replace(first["sparse"], model="stage:pretrain")
     run = replace(quickstart(), domains=domains, steps=steps, save_every=4, seed=seed)
     return Pipeline(stages=first | {folder(name): replace(run, **changes) for name, changes in VARIANTS.items()})
 
