@@ -4,8 +4,8 @@
     python benchmarks/indexer_in_rl.py --seeds 0
 
 From nothing to a dense policy on conversations of two of the quickstart's domains, its conversion, warm-up and sparse
-training, and as many steps more of the dense one; then four runs that differ in nothing else. A run's score is that of 64 held-out prompts a domain,
-four answers each.
+training, and as many steps more of the dense one; then four runs that differ in nothing else. A run's score is that of
+64 held-out prompts a domain, four answers each.
 """
 
 import argparse
